@@ -1,0 +1,5 @@
+"""DreamBooth for Stable Diffusion 2 on MindSpore."""
+
+from ldm.runtime import prepare_environment
+
+prepare_environment()

@@ -209,8 +209,6 @@ def run_base(work: Path, options) -> None:
         noise = torch.randn(mean.shape, generator=generator)
         a, s = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
         ids = tokens[np.where(rng.random(len(rows)) < 0.1, 0, rows + 1)]
-        ids = ids[:, : int((ids != 0).sum(1).max())]  # causal: what lies behind the end mark changes nothing before it
-        ids = torch.nn.functional.pad(ids, (0, 77 - ids.shape[1])) if options.full_context or step % 4 == 0 else ids
         with torch.autocast("cpu", torch.bfloat16):
             prediction = unet(a * latents + s * noise, t, text_encoder(ids)[0]).sample.float()
         loss = (prediction - (a * noise - s * latents)).pow(2).mean()
@@ -240,7 +238,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="time to train for, over all starts")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full_context", action="store_true", help="always pad captions to 77 tokens")
     options = parser.parse_args()
     torch.manual_seed(options.seed), torch.set_num_threads(2)
     {"pictures": run_pictures, "vae": run_vae, "base": run_base}[options.step](options.work, options)

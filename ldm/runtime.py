@@ -1,0 +1,107 @@
+"""The process around the networks: environment, device, compile cache, logging. The one place for os.environ.
+
+`prepare_environment` runs on `import ldm`, since some variables count only before mindspore is imported; mindspore
+itself is imported by `start`, so that --help and a typing error need not wait for it.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+_held_locks = []
+
+
+def prepare_environment() -> None:
+    """Set what must be set before `import mindspore`, never over the user's own setting."""
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
+    os.environ.setdefault("MS_DEV_SAVE_GRAPHS", "0")
+    if _has_avx512():
+        # With AVX-512, oneDNN runs 3x3 convolutions on its reference kernel: 1.5 GFLOP/s against 107-170 under this cap.
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+
+
+def _has_avx512() -> bool:
+    try:
+        return platform.machine() == "x86_64" and " avx512f " in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+class _BarHandler(logging.StreamHandler):
+    """Log lines that do not tear a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def start_logging(level: str, log_file: Path | None = None) -> None:
+    """Log lines of this program to standard error and, where given, to a file as well."""
+    handlers: list[logging.Handler] = [_BarHandler()]
+    if log_file:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers, force=True)
+
+
+def start_device(device: str, mode: int) -> str:
+    """Import mindspore and choose the device; returns its name. Raises ValueError where a forced device is not there.
+
+    Args:
+        device: "auto", "Ascend" or "CPU".
+        mode: 0 graph mode, 1 PyNative.
+    """
+    import mindspore as ms
+
+    available = _ascend_is_available(ms)
+    if device == "Ascend" and not available:
+        raise ValueError("device Ascend: MindSpore finds no Ascend device here; give --device CPU or auto")
+    chosen = device if device != "auto" else "Ascend" if available else "CPU"
+    ms.set_device(chosen, *([int(os.environ["DEVICE_ID"])] if chosen == "Ascend" and "DEVICE_ID" in os.environ else []))
+    ms.set_context(mode=ms.PYNATIVE_MODE if mode else ms.GRAPH_MODE)
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    logger.info("MindSpore %s on %s%s", ms.__version__, chosen, f", ONEDNN_MAX_CPU_ISA={cap}" if chosen == "CPU" and cap else "")
+    return chosen
+
+
+def _ascend_is_available(ms) -> bool:
+    try:
+        return ms.device_context.ascend.device_count() > 0
+    except Exception as error:  # no driver: MindSpore raises whatever its loader raised
+        logger.debug("no Ascend: %s", error)
+        return False
+
+
+def enable_compile_cache(*facts) -> None:
+    """Keep this process's compiled graphs for the next start with the same code, versions and `facts`.
+
+    MindSpore names cached graphs by the order in which they are compiled and compares only the script's own sources. So
+    each combination of all that shapes the graphs or their order has a folder of its own, and of two runs that start
+    together only the first uses it (the lock dies with its process). MS_COMPILER_CACHE_PATH says where; otherwise it is
+    the user's cache folder.
+    """
+    root = os.environ.get("MS_COMPILER_CACHE_PATH") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dreambooth-mindspore"
+    )
+    digest = hashlib.sha256(repr((facts, sys.version, version("mindspore"), os.environ.get("ONEDNN_MAX_CPU_ISA"))).encode())
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    folder = Path(root) / digest.hexdigest()[:20]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        logger.info("compile cache not used (%s)", "another run uses it" if isinstance(error, BlockingIOError) else error)
+        os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
+        return
+    _held_locks.append(lock)
+    os.environ["MS_COMPILER_CACHE_ENABLE"] = "1"
+    os.environ["MS_COMPILER_CACHE_PATH"] = str(folder)
+    logger.info("compile cache: %s", folder)

@@ -1,0 +1,143 @@
+"""Samplers: from noise x_T to clean latents, one function each. They know a denoiser, never a network.
+
+A denoiser is called as `denoise(x_t, t)` with x_t (B, C, H, W) and the step index t, and answers what the network
+predicts there; the schedule says what that means. Each sampler is a generator that yields the latents after every step.
+Arithmetic is float64 on the host: the latents are small, and the networks' time outweighs it by far.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from ldm.schedule import NoiseSchedule
+
+Denoiser = Callable[[np.ndarray, int], np.ndarray]
+Latents = Iterator[np.ndarray]
+
+
+def _ddim_step(schedule: NoiseSchedule, x, prediction, t: int, stride: int, sigma=0.0, noise=0.0):
+    """One step from t to t - stride (Song et al. 2021, eq. 12). Behind the first step alpha stays that of step 0."""
+    alpha = schedule.alphas_cumprod[max(t - stride, 0)]
+    eps, x0 = schedule.to_eps(prediction, x, t), schedule.to_x0(prediction, x, t)
+    return np.sqrt(alpha) * x0 + np.sqrt(1 - alpha - sigma**2) * eps + sigma * noise
+
+
+def sample_ddim(
+    denoise: Denoiser, x_T: np.ndarray, schedule: NoiseSchedule, steps: int, eta: float = 0.0,
+    noise: Callable[[int], np.ndarray] | None = None,
+) -> Latents:  # fmt: skip
+    """DDIM (Song et al. 2021). With eta > 0, `noise(i)` gives step i's fresh noise, shaped as x_T; eta 1 is DDPM's."""
+    if eta and noise is None:
+        raise ValueError("eta > 0 needs noise")
+    x, stride = x_T, schedule.timesteps // steps
+    for index, t in enumerate(schedule.strided_timesteps(steps)):
+        alpha, before = schedule.alphas_cumprod[t], schedule.alphas_cumprod[max(t - stride, 0)]
+        sigma = eta * np.sqrt((1 - before) / (1 - alpha) * (1 - alpha / before))  # eq. 16
+        x = _ddim_step(schedule, x, denoise(x, int(t)), t, stride, sigma, noise(index) if eta else 0.0)
+        yield x
+
+
+def sample_plms(denoise: Denoiser, x_T: np.ndarray, schedule: NoiseSchedule, steps: int) -> Latents:
+    """PLMS: pseudo linear multi-steps (Liu et al. 2022, PNDM, eqs. 9, 11-13), a first step of second order.
+
+    Combines predictions as the network gives them, also v. The first step calls the denoiser twice.
+    """
+    x, stride, history = x_T, schedule.timesteps // steps, []
+    for t in schedule.strided_timesteps(steps):
+        prediction = denoise(x, int(t))
+        if not history and steps > 1:  # pseudo improved Euler
+            ahead = _ddim_step(schedule, x, prediction, t, stride)
+            blend = (prediction + denoise(ahead, int(t - stride))) / 2
+        else:  # Adams-Bashforth weights over the last predictions
+            recent = [prediction, *history]
+            weights = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+            blend = sum(w * p for w, p in zip(weights[len(recent)], recent))
+        history = [prediction, *history[:2]]
+        x = _ddim_step(schedule, x, blend, t, stride)
+        yield x
+
+
+def _half_log_snr(alpha_bar):
+    """lambda = log(alpha / sigma) (Lu et al. 2022); infinite where no noise is left."""
+    with np.errstate(divide="ignore"):
+        return 0.5 * (np.log(alpha_bar) - np.log1p(-alpha_bar))
+
+
+def _solver_grid(schedule: NoiseSchedule, steps: int, last_alpha_bar: float):
+    """Time steps, and alpha, sigma, lambda at each and behind the last."""
+    t = schedule.spaced_timesteps(steps)
+    alpha_bar = np.append(schedule.alphas_cumprod[t], last_alpha_bar)
+    return t, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), _half_log_snr(alpha_bar)
+
+
+def sample_dpm_solver(denoise: Denoiser, x_T: np.ndarray, schedule: NoiseSchedule, steps: int) -> Latents:
+    """DPM-Solver, second order, multi-step, on the noise (Lu et al. 2022); ends at the noise level of step 0."""
+    grid, alpha, sigma, lam = _solver_grid(schedule, steps, schedule.alphas_cumprod[0])
+    x, before = x_T, None
+    for i, t in enumerate(grid):
+        eps = schedule.to_eps(denoise(x, int(t)), x, t)
+        h = lam[i + 1] - lam[i]
+        estimate = eps
+        if before is not None and not (i == steps - 1 and steps < 15):  # few steps: the last of first order, stable
+            estimate = eps + 0.5 * h / (lam[i] - lam[i - 1]) * (eps - before)
+        x = alpha[i + 1] / alpha[i] * x - sigma[i + 1] * np.expm1(h) * estimate
+        before = eps
+        yield x
+
+
+def sample_dpm_solver_pp(denoise: Denoiser, x_T: np.ndarray, schedule: NoiseSchedule, steps: int) -> Latents:
+    """DPM-Solver++ (2M), on the clean latents (Lu et al. 2022b, algorithm 2); the last step, of first order, ends at x_0."""
+    grid, alpha, sigma, lam = _solver_grid(schedule, steps, 1.0)
+    x, before = x_T, None
+    for i, t in enumerate(grid):
+        x0 = schedule.to_x0(denoise(x, int(t)), x, t)
+        h = lam[i + 1] - lam[i]
+        estimate = x0
+        if before is not None and i < steps - 1:
+            estimate = x0 + 0.5 * h / (lam[i] - lam[i - 1]) * (x0 - before)
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * np.expm1(-h) * estimate
+        before = x0
+        yield x
+
+
+def sample_uni_pc(denoise: Denoiser, x_T: np.ndarray, schedule: NoiseSchedule, steps: int) -> Latents:
+    """UniPC, second order, B2(h), on the clean latents (Zhao et al. 2023): a predictor, corrected by the next evaluation.
+
+    The corrector reuses the network's answer at the predicted point, so a step costs one evaluation.
+    """
+    grid, alpha, sigma, lam = _solver_grid(schedule, steps, 1.0)
+    x, start, x0s = x_T, None, []  # start: the latents that the last predictor step began from
+    for i, t in enumerate(grid):
+        x0 = schedule.to_x0(denoise(x, int(t)), x, t)
+        if i > 0:  # corrector of the step that led here
+            h = lam[i] - lam[i - 1]
+            b = np.expm1(-h)
+            base = sigma[i] / sigma[i - 1] * start - alpha[i] * b * x0s[-1]
+            ahead = x0 - x0s[-1]
+            if i == 1:  # first order: rho = 1/2
+                x = base - alpha[i] * b * 0.5 * ahead
+            else:
+                r = (lam[i - 2] - lam[i - 1]) / h
+                behind = (x0s[-2] - x0s[-1]) / r
+                phi1 = b / -h - 1
+                phi2 = phi1 / -h - 0.5
+                rho = np.linalg.solve([[1, 1], [r, 1]], [phi1 / b, 2 * phi2 / b])
+                x = base - alpha[i] * b * (rho[0] * behind + rho[1] * ahead)
+        h = lam[i + 1] - lam[i]
+        b = np.expm1(-h)
+        start = x
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * b * x0
+        if 0 < i < steps - 1:
+            r = (lam[i - 1] - lam[i]) / h
+            x = x - alpha[i + 1] * b * 0.5 * (x0s[-1] - x0) / r
+        x0s = [*x0s[-1:], x0]
+        yield x
+
+
+SAMPLERS = {
+    "plms": sample_plms,
+    "ddim": sample_ddim,
+    "dpm_solver": sample_dpm_solver,
+    "dpm_solver_pp": sample_dpm_solver_pp,
+    "uni_pc": sample_uni_pc,
+}
