@@ -1,0 +1,119 @@
+"""Adam and AdamW, the learning-rate schedule, the dynamic loss scale, the moving average of the weights."""
+
+import math
+from collections.abc import Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+EPSILON = 1e-8
+# Loops over hundreds of parameters are written as maps: MindSpore unrolls a `for` into nested calls, and their depth is limited.
+_adam = ops.MultitypeFuncGraph("adam")
+_blend = ops.MultitypeFuncGraph("blend")
+
+
+@_adam.register("Function", "Number", "Number", "Tensor", "Tensor", "Tensor", "Number", "Tensor", "Tensor", "Tensor", "Tensor", "Bool")
+def _adam_one(kernel, beta1, beta2, rate, epsilon, decay, l2, parameter, moment1, moment2, gradient, decayed):
+    gradient = gradient.astype(ms.float32)
+    if not decayed:
+        return kernel(parameter, moment1, moment2, rate, beta1, beta2, epsilon, 0.0, gradient)
+    if l2 > 0:
+        gradient = gradient + l2 * parameter
+    return kernel(parameter, moment1, moment2, rate, beta1, beta2, epsilon, decay, gradient)
+
+
+@_blend.register("Tensor", "Tensor", "Tensor", "Tensor")
+def _blend_one(decay, rest, average, source):
+    return ops.assign(average, average * decay + source * rest)
+
+
+def has_weight_decay(name: str) -> bool:
+    """Norms and biases are not decayed."""
+    return not name.endswith((".gamma", ".beta", ".bias"))
+
+
+class AdamW(nn.Cell):
+    """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), or with L2 decay ("adam").
+
+    The fused kernel has no bias correction. Its scalars are inputs, so the correction can ride in them: with
+    c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t), (m / c1) / (sqrt(v) / c2 + eps) is c2 / c1 * m / (sqrt(v) + eps c2).
+
+    Args:
+        parameters: what to train; names decide about weight decay.
+        decoupled: True for AdamW, False for Adam with the decay added to the gradient.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], betas: tuple[float, float], weight_decay: float, decoupled: bool) -> None:
+        super().__init__(auto_prefix=False)
+        self.parameters = ParameterTuple(parameters)
+        self.moment1 = self.parameters.clone(prefix="adam_m", init="zeros")
+        self.moment2 = self.parameters.clone(prefix="adam_v", init="zeros")
+        self.betas, self.decoupled = betas, decoupled
+        self.weight_decay = weight_decay
+        self.decayed = tuple(weight_decay > 0 and has_weight_decay(p.name) for p in parameters)
+        self.l2 = 0.0 if decoupled else weight_decay
+        self.kernel = ops.AdamWeightDecay()
+        self.map = ops.HyperMap()
+
+    def scalars(self, step: int, learning_rate: float) -> list[Tensor]:
+        """The kernel's rate, epsilon and decay for update number `step` (from 1)."""
+        c1, c2 = 1 - self.betas[0] ** step, math.sqrt(1 - self.betas[1] ** step)
+        decay = self.weight_decay * c1 / c2 if self.decoupled else 0.0
+        return [Tensor(value, ms.float32) for value in (learning_rate * c2 / c1, EPSILON * c2, decay)]
+
+    def construct(self, gradients, rate, epsilon, decay):
+        update = ops.partial(_adam, self.kernel, self.betas[0], self.betas[1], rate, epsilon, decay, self.l2)
+        return self.map(update, self.parameters, self.moment1, self.moment2, gradients, self.decayed)
+
+
+class LearningRate:
+    """Constant, with a linear warm-up and a cosine decay where asked. Call with the number of updates done."""
+
+    def __init__(self, start: float, end: float | None = None, warmup_steps: int = 0, decay_steps: int = 0) -> None:
+        self.start, self.end = start, end or 0.0
+        self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
+
+    def __call__(self, global_step: int) -> float:
+        if global_step < self.warmup_steps:
+            return self.start * (global_step + 1) / self.warmup_steps
+        if not self.decay_steps:
+            return self.start
+        done = min(1.0, (global_step - self.warmup_steps) / self.decay_steps)
+        return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class LossScale:
+    """Dynamic loss scale (Micikevicius et al. 2018): shrinks at an overflow, grows after `window` updates without one."""
+
+    def __init__(self, initial: float, factor: float, window: int) -> None:
+        self.value, self.factor, self.window, self.good_updates = initial, factor, window, 0
+
+    def update(self, overflow: bool) -> None:
+        self.good_updates = 0 if overflow else self.good_updates + 1
+        if overflow:
+            self.value = max(1.0, self.value / self.factor)
+        elif self.good_updates == self.window:
+            self.value, self.good_updates = self.value * self.factor, 0
+
+
+class MovingAverage(nn.Cell):
+    """Exponential moving average of parameters, decay 0.9999, warmed up as (1 + n) / (10 + n)."""
+
+    def __init__(self, parameters: Sequence[Parameter], decay: float = 0.9999) -> None:
+        super().__init__(auto_prefix=False)
+        self.limit = decay
+        self.source = ParameterTuple(parameters)
+        self.average = self.source.clone(prefix="ema", init="same")
+        self.map = ops.HyperMap()
+
+    def construct(self, decay, rest):
+        return self.map(ops.partial(_blend, decay, rest), self.average, self.source)
+
+    def update(self, updates: int) -> None:
+        decay = min(self.limit, (1 + updates) / (10 + updates))
+        self(Tensor(np.float32(decay)), Tensor(np.float32(1 - decay)))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The averages under the names of the parameters."""
+        return {source.name: average for source, average in zip(self.source, self.average)}

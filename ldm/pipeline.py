@@ -1,0 +1,149 @@
+"""Text to pictures: prompts to context, context to denoiser, latents to pixels; and the sampling of class pictures."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from ldm import images
+from ldm.config import ModelConfig
+from ldm.data import PICTURE, stream
+from ldm.models.latent_diffusion import LatentDiffusion
+from ldm.samplers import SAMPLERS, Denoiser
+from ldm.schedule import NoiseSchedule
+from ldm.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Encode(nn.Cell):
+    """The VAE's encoder as a cell of its own: pixels to moments."""
+
+    def __init__(self, autoencoder) -> None:
+        super().__init__(auto_prefix=False)
+        self.autoencoder = autoencoder
+
+    def construct(self, pixels):
+        return self.autoencoder.encode(pixels)
+
+
+class Decode(nn.Cell):
+    """The VAE's decoder as a cell of its own: unscaled latents to pixels."""
+
+    def __init__(self, autoencoder) -> None:
+        super().__init__(auto_prefix=False)
+        self.autoencoder = autoencoder
+
+    def construct(self, z):
+        return self.autoencoder.decode(z)
+
+
+class Guided(nn.Cell):
+    """Classifier-free guidance (Ho & Salimans 2022) in one UNet call on a doubled batch: negative half first."""
+
+    def __init__(self, unet) -> None:
+        super().__init__(auto_prefix=False)
+        self.unet = unet
+
+    def construct(self, x_t, t, context, guidance_scale):
+        negative, positive = ops.chunk(self.unet(ops.cat((x_t, x_t)), t, context), 2)
+        return negative + guidance_scale * (positive - negative)
+
+
+def posterior_sample(moments: np.ndarray, noise: np.ndarray, scale_factor: float) -> np.ndarray:
+    """Scaled latents (B, 4, h, w) drawn from the VAE's posterior, given standard normal noise of that shape."""
+    mean, log_variance = np.split(moments, 2, axis=1)
+    std = np.exp(0.5 * log_variance.clip(-30, 20))  # the bounds of Stable Diffusion's own VAE
+    return ((mean + std * noise) * scale_factor).astype(np.float32)
+
+
+class TextToImage:
+    """Draws pictures with the three networks. Compiles a graph when it is first needed."""
+
+    def __init__(self, model: LatentDiffusion, config: ModelConfig) -> None:
+        self.config = config
+        self.schedule = NoiseSchedule(config.noise_schedule)
+        self.tokenizer = Tokenizer(config.text_encoder.context_length)
+        self.unet, self.text_encoder = model.unet, model.cond_stage_model
+        self.guided, self.decoder = Guided(model.unet), Decode(model.first_stage_model)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> np.ndarray:
+        """Context (B, 77, width) float32."""
+        return self.text_encoder(Tensor(self.tokenizer(prompts))).asnumpy().astype(np.float32)
+
+    def denoiser(self, context: np.ndarray, negative_context: np.ndarray, guidance_scale: float) -> Denoiser:
+        """A function of (x_t, t); with guidance scale 1 the negative half is not computed."""
+        batch = len(context)
+        if guidance_scale == 1:
+            context = Tensor(context)
+            return lambda x_t, t: self.unet(Tensor(x_t, ms.float32), Tensor(np.full(batch, t, np.int32)), context).asnumpy()
+        both, scale = Tensor(np.concatenate([negative_context, context])), Tensor(guidance_scale, ms.float32)
+        return lambda x_t, t: self.guided(Tensor(x_t, ms.float32), Tensor(np.full(2 * batch, t, np.int32)), both, scale).asnumpy()
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Scaled latents (B, 4, h, w) to pictures (B, H, W, 3) uint8."""
+        z = Tensor(latents / self.config.autoencoder.scale_factor, ms.float32)
+        return images.to_uint8(self.decoder(z).asnumpy())
+
+    def initial_noise(self, seeds: Sequence[tuple[int, int]], height: int, width: int) -> np.ndarray:
+        """x_T (B, 4, h, w), each row from its own (seed, number): the batch it is in changes nothing."""
+        shape = self._latent_shape(height, width)
+        return np.stack([stream(seed, PICTURE, number).standard_normal(shape) for seed, number in seeds])
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        factor = self.config.autoencoder.downsampling
+        return (self.config.autoencoder.latent_channels, height // factor, width // factor)
+
+    def __call__(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str], seeds: Sequence[tuple[int, int]], *, sampler: str,
+        steps: int, guidance_scale: float, height: int, width: int, eta: float = 0.0, on_step: Callable[[], None] = lambda: None,
+    ) -> np.ndarray:  # fmt: skip
+        """One picture for each prompt: (B, H, W, 3) uint8. `seeds` gives each its (seed, number)."""
+        denoise = self.denoiser(self.encode_prompts(prompts), self.encode_prompts(negative_prompts), guidance_scale)
+        latents = self.initial_noise(seeds, height, width)
+        extra = {}
+        if sampler == "ddim" and eta:
+            shape = self._latent_shape(height, width)
+            streams = [stream(seed, PICTURE, number).spawn(1)[0] for seed, number in seeds]
+            extra = dict(eta=eta, noise=lambda _: np.stack([rng.standard_normal(shape) for rng in streams]))
+        for latents in SAMPLERS[sampler](denoise, latents, self.schedule, steps, **extra):
+            on_step()
+        return self.decode(latents)
+
+
+def valid_class_images(folder: Path) -> list[Path]:
+    """The readable pictures of a folder; damaged ones are named in the log and left out."""
+    valid = []
+    for path in images.list_images(folder):
+        try:
+            images.read_image(path)
+            valid.append(path)
+        except ValueError as error:
+            logger.warning("left out: %s", error)
+    return valid
+
+
+def sample_class_images(
+    pipeline: TextToImage, folder: Path, prompt: str, missing: int, *, seed: int, batch_size: int, steps: int,
+    guidance_scale: float, size: int,
+) -> Iterator[Path]:  # fmt: skip
+    """Draw exactly `missing` pictures of the class into `folder`, yielding each one's path when it is written.
+
+    Picture number n is drawn from (seed, n), and n is the next number whose file is not there: a run that was
+    interrupted goes on with the pictures that it would have drawn.
+    """
+    numbers = [n for n in range(missing + len(list(folder.iterdir()))) if not (folder / f"class_{n:05d}.png").exists()][:missing]
+    for start in range(0, missing, batch_size):
+        chosen = numbers[start : start + batch_size]
+        seeds = [(seed, n) for n in chosen] + [(seed, chosen[-1])] * (batch_size - len(chosen))  # one shape, one graph
+        pictures = pipeline(
+            [prompt] * batch_size, [""] * batch_size, seeds, sampler="plms", steps=steps,
+            guidance_scale=guidance_scale, height=size, width=size,
+        )  # fmt: skip
+        for number, picture in zip(chosen, pictures):
+            path = folder / f"class_{number:05d}.png"
+            images.save_image(picture, path)
+            yield path
