@@ -111,6 +111,13 @@ class TrainOptions:
             raise ConfigError("end_learning_rate is set but decay_steps is 0: give --decay_steps too")
         _require_file(self.checkpoint, "pretrained checkpoint", "see models/README.md for where to get it")
 
+    def graph_facts(self) -> dict:
+        """The options that may shape a compiled graph: all but those that surely do not."""
+        outside = {"start_learning_rate", "end_learning_rate", "warmup_steps", "decay_steps", "epochs", "train_data_repeats"}
+        outside |= {"seed", "log_level", "callback_size", "ckpt_save_interval", "num_class_images", "sampling_steps"}
+        facts = dataclasses.asdict(self).items()
+        return {name: value for name, value in facts if name not in outside and not name.endswith(("_dir", "_path", "_file", "_prompt", "_config"))}
+
     @property
     def checkpoint(self) -> Path:
         return Path(self.pretrained_model_path) / self.pretrained_model_file
@@ -342,7 +349,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _make_parser(cls) -> argparse.ArgumentParser:
-    parser = _Parser(description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(usage="%(prog)s [options]", description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     groups = {}
     for spec in dataclasses.fields(cls):
         meta = spec.metadata

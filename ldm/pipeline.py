@@ -11,34 +11,13 @@ from mindspore import Tensor, nn, ops
 from ldm import images
 from ldm.config import ModelConfig
 from ldm.data import PICTURE, stream
+from ldm.models.autoencoder import Decode
 from ldm.models.latent_diffusion import LatentDiffusion
 from ldm.samplers import SAMPLERS, Denoiser
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-class Encode(nn.Cell):
-    """The VAE's encoder as a cell of its own: pixels to moments."""
-
-    def __init__(self, autoencoder) -> None:
-        super().__init__(auto_prefix=False)
-        self.autoencoder = autoencoder
-
-    def construct(self, pixels):
-        return self.autoencoder.encode(pixels)
-
-
-class Decode(nn.Cell):
-    """The VAE's decoder as a cell of its own: unscaled latents to pixels."""
-
-    def __init__(self, autoencoder) -> None:
-        super().__init__(auto_prefix=False)
-        self.autoencoder = autoencoder
-
-    def construct(self, z):
-        return self.autoencoder.decode(z)
 
 
 class Guided(nn.Cell):
@@ -51,13 +30,6 @@ class Guided(nn.Cell):
     def construct(self, x_t, t, context, guidance_scale):
         negative, positive = ops.chunk(self.unet(ops.cat((x_t, x_t)), t, context), 2)
         return negative + guidance_scale * (positive - negative)
-
-
-def posterior_sample(moments: np.ndarray, noise: np.ndarray, scale_factor: float) -> np.ndarray:
-    """Scaled latents (B, 4, h, w) drawn from the VAE's posterior, given standard normal noise of that shape."""
-    mean, log_variance = np.split(moments, 2, axis=1)
-    std = np.exp(0.5 * log_variance.clip(-30, 20))  # the bounds of Stable Diffusion's own VAE
-    return ((mean + std * noise) * scale_factor).astype(np.float32)
 
 
 class TextToImage:

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +23,8 @@ _held_locks = []
 def prepare_environment() -> None:
     """Set what must be set before `import mindspore`, never over the user's own setting."""
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
-    os.environ.setdefault("MS_DEV_SAVE_GRAPHS", "0")
+    # What MindSpore leaves behind when a graph does not compile goes there, not into the user's folder.
+    os.environ.setdefault("MS_OM_PATH", os.path.join(tempfile.gettempdir(), f"mindspore-{os.getuid()}"))
     if _has_avx512():
         # With AVX-512, oneDNN runs 3x3 convolutions on its reference kernel: 1.5 GFLOP/s against 107-170 under this cap.
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
@@ -33,6 +35,13 @@ def _has_avx512() -> bool:
         return platform.machine() == "x86_64" and " avx512f " in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 class _BarHandler(logging.StreamHandler):

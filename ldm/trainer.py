@@ -20,9 +20,9 @@ from ldm.checkpoint import save_weights, weights_of
 from ldm.config import ModelConfig, TrainOptions
 from ldm.data import DreamBoothData, Draw
 from ldm.loss import DreamBoothLoss
+from ldm.models.autoencoder import Encode, posterior_sample
 from ldm.models.latent_diffusion import LatentDiffusion
 from ldm.optim import AdamW, LearningRate, LossScale, MovingAverage
-from ldm.pipeline import Encode, posterior_sample
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 

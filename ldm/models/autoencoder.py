@@ -1,6 +1,7 @@
 """The VAE: pictures to latents and back (Rombach et al. 2022, section 3.1). Attribute names are the checkpoint's."""
 
 import mindspore as ms
+import numpy as np
 from mindspore import nn, ops
 
 from ldm.config import AutoencoderConfig
@@ -147,7 +148,7 @@ class Decoder(nn.Cell):
 
 
 class AutoencoderKL(nn.Cell):
-    """The VAE. `encode` and `decode` are compiled by the cells in pipeline.py.
+    """The VAE. `encode` and `decode` are compiled through the cells Encode and Decode below.
 
     encode: pixels (B, 3, H, W) in [-1, 1] to moments (B, 8, H/8, W/8): mean and log variance, unscaled, float32.
     decode: latents (B, 4, H/8, W/8), unscaled, to pixels (B, 3, H, W), about [-1, 1], float32.
@@ -165,3 +166,32 @@ class AutoencoderKL(nn.Cell):
 
     def decode(self, z):
         return self.decoder(self.post_quant_conv(z)).astype(ms.float32)
+
+
+class Encode(nn.Cell):
+    """The VAE's encoder as a cell of its own: pixels to moments."""
+
+    def __init__(self, autoencoder) -> None:
+        super().__init__(auto_prefix=False)
+        self.autoencoder = autoencoder
+
+    def construct(self, pixels):
+        return self.autoencoder.encode(pixels)
+
+
+class Decode(nn.Cell):
+    """The VAE's decoder as a cell of its own: unscaled latents to pixels."""
+
+    def __init__(self, autoencoder) -> None:
+        super().__init__(auto_prefix=False)
+        self.autoencoder = autoencoder
+
+    def construct(self, z):
+        return self.autoencoder.decode(z)
+
+
+def posterior_sample(moments: np.ndarray, noise: np.ndarray, scale_factor: float) -> np.ndarray:
+    """Scaled latents (B, 4, h, w) drawn from the VAE's posterior, given standard normal noise of that shape."""
+    mean, log_variance = np.split(moments, 2, axis=1)
+    std = np.exp(0.5 * log_variance.clip(-30, 20))  # the bounds of Stable Diffusion's own VAE
+    return ((mean + std * noise) * scale_factor).astype(np.float32)

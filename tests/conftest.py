@@ -1,0 +1,113 @@
+"""Small models with random weights, and the same weights in PyTorch's networks as the independent reference."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import mindspore as ms  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
+from PIL import Image  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
+
+from ldm.config import (  # noqa: E402
+    AutoencoderConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TextEncoderConfig,
+    UNetConfig,
+)
+from ldm.convert import diffusers_configs, to_diffusers  # noqa: E402
+from ldm.models.latent_diffusion import build_model  # noqa: E402
+
+ms.set_context(mode=ms.GRAPH_MODE)
+torch.set_num_threads(2)
+
+# Two models that differ in widths, depths, levels, heads, norm groups and prediction type.
+SHALLOW = ModelConfig(
+    image_size=32,
+    use_fp16=False,
+    unet=UNetConfig(4, 4, 32, (1, 2), 1, (1,), 16, 48, norm_groups=8),
+    autoencoder=AutoencoderConfig(3, 4, 16, (1, 2), 1, 0.5, norm_groups=4),
+    text_encoder=TextEncoderConfig(49408, 77, 48, 3, 2),
+    noise_schedule=ScheduleConfig(1000, 0.00085, 0.012, "epsilon"),
+)
+DEEP = ModelConfig(
+    image_size=64,
+    use_fp16=False,
+    unet=UNetConfig(4, 4, 32, (1, 2, 3), 2, (1, 2), 32, 40, norm_groups=16),
+    autoencoder=AutoencoderConfig(3, 4, 24, (1, 2, 2), 2, 0.18215, norm_groups=8),
+    text_encoder=TextEncoderConfig(49408, 77, 40, 2, 3),
+    noise_schedule=ScheduleConfig(1000, 0.00085, 0.012, "v_prediction"),
+)
+
+
+def random_model(config: ModelConfig, seed: int = 0):
+    """The networks with random weights, norms and biases among them: a zero bias would hide a missing one."""
+    model, rng = build_model(config, initialise=True), np.random.default_rng(seed)
+    for parameter in model.get_parameters():
+        shape = parameter.shape
+        if parameter.name.endswith("gamma"):
+            values = 1 + 0.2 * rng.standard_normal(shape)
+        elif len(shape) == 1:
+            values = 0.1 * rng.standard_normal(shape)
+        elif "embedding" in parameter.name:
+            values = 0.3 * rng.standard_normal(shape)
+        else:
+            values = rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+        parameter.set_data(ms.Tensor(values.astype(np.float32)))
+    return model
+
+
+def weights_as_arrays(model) -> dict[str, np.ndarray]:
+    return {parameter.name: parameter.asnumpy().copy() for parameter in model.get_parameters()}
+
+
+def torch_networks(weights: dict[str, np.ndarray], config: ModelConfig):
+    """diffusers' UNet and VAE and transformers' text encoder with the given weights (official names)."""
+    configs, parts = diffusers_configs(config), to_diffusers(weights, config)
+    networks = (
+        UNet2DConditionModel.from_config(configs["unet"]),
+        AutoencoderKL.from_config(configs["vae"]),
+        CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+    )
+    for network, part in zip(networks, ("unet", "vae", "text_encoder")):
+        names = network.state_dict().keys()
+        given = {k if k in names else k.removeprefix("text_model."): torch.from_numpy(v.copy()) for k, v in parts[part].items()}
+        network.load_state_dict(given, strict=True)
+        network.eval()
+    return networks
+
+
+def relative_error(ours, reference) -> float:
+    """max |a - b| / max |b|."""
+    ours, reference = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x, np.float64) for x in (ours, reference))
+    assert ours.shape == reference.shape
+    return float(np.abs(ours - reference).max() / np.abs(reference).max())
+
+
+def write_pictures(folder: Path, count: int, seed: int = 0, size: tuple[int, int] = (48, 40)) -> list[Path]:
+    """Random smooth PNG pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, paths = np.random.default_rng(seed), []
+    for number in range(count):
+        small = Image.fromarray(rng.integers(0, 255, (5, 5, 3), dtype=np.uint8))
+        paths.append(folder / f"picture_{number}.png")
+        small.resize(size, Image.BICUBIC).save(paths[-1])
+    return paths
+
+
+@pytest.fixture(params=[SHALLOW, DEEP], ids=["shallow", "deep"])
+def config(request) -> ModelConfig:
+    return request.param
+
+
+def in_half(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, use_fp16=True)

@@ -1,0 +1,114 @@
+"""The training step against a plain PyTorch loop with diffusers and torch.optim.AdamW."""
+
+import dataclasses
+
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+from conftest import SHALLOW, in_half, random_model, relative_error, torch_networks, weights_as_arrays, write_pictures
+
+from ldm.config import TrainOptions
+from ldm.convert import diffusers_names
+from ldm.data import DreamBoothData
+from ldm.optim import has_weight_decay
+from ldm.schedule import NoiseSchedule
+from ldm.tokenizer import Tokenizer
+from ldm.trainer import Trainer
+
+STEPS = 20
+OPTIONS = TrainOptions(
+    instance_prompt="a photo of sks dog", class_prompt="a photo of a dog", train_batch_size=2, image_size=32, epochs=1,
+    train_data_repeats=20, start_learning_rate=1e-4, prior_loss_weight=0.7, random_crop=True,
+)  # fmt: skip
+
+
+def make_data(folder, options, with_class=True) -> DreamBoothData:
+    instance = write_pictures(folder / "instance", 4, seed=1)
+    classes = write_pictures(folder / "class", 7, seed=2) if with_class else []
+    return DreamBoothData(instance, classes, options.train_data_repeats, options.image_size, options.random_crop, options.seed)
+
+
+def torch_training(weights, config, options, data, steps):
+    """Losses of each update and the final weights of the reference loop."""
+    unet, vae, text_encoder = torch_networks(weights, config)
+    schedule = NoiseSchedule(config.noise_schedule)
+    trained = [("unet", unet)] + ([("text_encoder", text_encoder)] if options.train_text_encoder else [])
+    named = {(folder, name): p for folder, network in trained for name, p in network.named_parameters()}
+    groups = {True: [], False: []}
+    for (folder, name), parameter in named.items():
+        is_norm = "norm" in name.split(".")[-2] and "conv_norm" not in name or name.startswith("conv_norm")
+        groups[parameter.ndim > 1 and not is_norm].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[True], "weight_decay": options.weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
+        lr=options.start_learning_rate, betas=options.betas, eps=1e-8,
+    )  # fmt: skip
+    prompts = [options.instance_prompt] + ([options.class_prompt] if data.class_paths else [])
+    ids = torch.from_numpy(Tokenizer(77)(prompts)).long()
+    alphas = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        terms = []
+        for draws in data.batches(options.train_batch_size, options.gradient_accumulation_steps, step * options.gradient_accumulation_steps):
+            pixels = torch.from_numpy(np.stack([data.pixels(draw) for draw in draws]))
+            with torch.no_grad():
+                posterior = vae.encode(pixels).latent_dist
+            t, noise, posterior_noise = zip(*(data.noise(draw, tuple(posterior.mean.shape[1:]), 1000) for draw in draws))
+            t, noise, posterior_noise = torch.tensor(t), torch.from_numpy(np.stack(noise)), torch.from_numpy(np.stack(posterior_noise))
+            latents = (posterior.mean + posterior.std * posterior_noise) * config.autoencoder.scale_factor
+            a, s = (x[:, None, None, None] for x in (alphas[t].sqrt(), (1 - alphas[t]).sqrt()))
+            context = text_encoder(ids)[0].repeat_interleave(len(draws) // len(prompts), 0)
+            prediction = unet(a * latents + s * noise, t, context).sample
+            target = noise if config.noise_schedule.prediction_type == "epsilon" else a * noise - s * latents
+            if data.class_paths:
+                (p1, p2), (t1, t2) = prediction.chunk(2), target.chunk(2)
+                instance, prior = torch.nn.functional.mse_loss(p1, t1), torch.nn.functional.mse_loss(p2, t2)
+            else:
+                instance, prior = torch.nn.functional.mse_loss(prediction, target), torch.tensor(0.0)
+            loss = instance + options.prior_loss_weight * prior
+            (loss / options.gradient_accumulation_steps).backward()
+            terms.append([loss.item(), instance.item(), prior.item()])
+        if options.clip_grad:
+            torch.nn.utils.clip_grad_norm_(list(named.values()), options.max_grad_norm)
+        optimizer.step()
+        losses.append(np.mean(terms, axis=0))
+    return np.array(losses), {key: p.detach().numpy() for key, p in named.items()}
+
+
+def compare(tmp_path, config, options, with_class=True):
+    """Largest relative difference of the losses, and relative L2 difference of the change of the weights."""
+    data = make_data(tmp_path, options, with_class)
+    model = random_model(config)
+    before = weights_as_arrays(model)
+    trainer = Trainer(model, config, options, data)
+    assert {p.name for p in model.get_parameters()} == before.keys()  # building the trainer renames nothing
+    ours = np.array([trainer.one_update()[0] for _ in range(STEPS)])
+    theirs, final = torch_training(before, config, options, data, STEPS)
+    difference = change = 0.0
+    for parameter in model.get_parameters():
+        moved = parameter.asnumpy() - before[parameter.name]
+        folder, names = diffusers_names(parameter.name, config)
+        names = [n if (folder, n) in final else n.removeprefix("text_model.") for n in names]
+        if (folder, names[0]) not in final:
+            assert not moved.any(), f"{parameter.name} is frozen and moved"
+            continue
+        reference = np.concatenate([final[folder, name] for name in names]).reshape(moved.shape) - before[parameter.name]
+        difference += np.square(moved - reference, dtype=np.float64).sum()
+        change += np.square(reference, dtype=np.float64).sum()
+    return np.abs(ours / np.where(theirs == 0, 1, theirs) - (theirs != 0)).max(), np.sqrt(difference / change)
+
+
+VARIANTS = {
+    "text_encoder_accumulation_clipping": dict(train_text_encoder=True, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5),
+    "frozen_text_accumulation_clipping": dict(train_text_encoder=False, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5),
+    "text_encoder_plain": dict(train_text_encoder=True),
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_twenty_steps_equal_pytorch(tmp_path, changes):
+    loss_error, weight_error = compare(tmp_path, SHALLOW, dataclasses.replace(OPTIONS, **changes))
+    print(f"largest relative loss difference {loss_error:.2e}, relative L2 difference of the change {weight_error:.2e}")
+    assert loss_error <= 1e-4
+    assert weight_error <= 1e-3
