@@ -8,7 +8,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ldm import images, runtime
-from ldm.config import ConfigError, ModelConfig, SampleOptions, fail, parse_options, read_model_config
+from ldm.config import ConfigError, ModelConfig, fail, read_model_config
+from ldm.options import SampleOptions, parse_options
 
 logger = logging.getLogger("text_to_image")
 

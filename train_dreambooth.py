@@ -9,7 +9,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ldm import runtime
-from ldm.config import ModelConfig, TrainOptions, fail, parse_options, read_model_config
+from ldm.config import ModelConfig, fail, read_model_config
+from ldm.options import TrainOptions, parse_options
 
 logger = logging.getLogger("train_dreambooth")
 

@@ -75,7 +75,9 @@ def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path) -> N
         if path.suffix == ".safetensors":
             save_file({name: np.ascontiguousarray(_array(value)) for name, value in weights.items()}, partial)
         else:
-            entries = [{"name": name, "data": value if isinstance(value, ms.Tensor) else ms.Tensor(value)} for name, value in weights.items()]
+            entries = [
+                {"name": name, "data": value if isinstance(value, ms.Tensor) else ms.Tensor(value)} for name, value in weights.items()
+            ]
             ms.save_checkpoint(entries, str(partial))
         os.chmod(partial, 0o644)
         with open(partial, "rb") as file:

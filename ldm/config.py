@@ -1,197 +1,23 @@
-"""Options and model configuration: the one place for argparse, JSON and YAML.
+"""Model configuration, and how values from JSON and YAML files are read and converted. Must not import mindspore."""
 
-A dataclass field is the flag, the key of a configuration file, the type, the default and the help, at once.
-Values come in the order default < file < flag; an unknown key, a wrong type or an impossible combination ends the
-command with one line and exit status 2, before any network is built. Must not import mindspore.
-"""
-
-import argparse
 import dataclasses
 import difflib
 import sys
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-SAMPLER_NAMES = ("plms", "ddim", "dpm_solver", "dpm_solver_pp", "uni_pc")
-DEVICES = ("auto", "Ascend", "CPU")
-
 
 class ConfigError(ValueError):
     """What a user wrote cannot be used; the message is one line that says what to do."""
 
 
-def option(default, group: str, text: str, *, aliases: Sequence[str] = (), choices: Sequence = (), least=None, above=None, below=None):
-    """A field with what its flag needs: group and text for --help, further spellings, choices, bounds."""
-    limits = dict(least=least, above=above, below=below)
-    return field(default=default, metadata=dict(group=group, text=text, aliases=aliases, choices=choices, **limits))
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Fine-tune Stable Diffusion 2 on a few pictures of one subject (DreamBooth, arXiv 2208.12242)."""
-
-    instance_data_dir: str | None = option(None, "data", "folder with 3-5 pictures of the subject (never written to)")
-    instance_prompt: str | None = option(None, "data", 'what they show, with a rare word: "a photo of sks dog"')
-    class_data_dir: str | None = option(None, "data", "folder of class pictures; the missing ones are sampled into it")
-    class_prompt: str | None = option(None, "data", 'the same without the rare word: "a photo of a dog"')
-    with_prior_preservation: bool = option(True, "data", "add the class term, so that the class is not forgotten")
-    num_class_images: int = option(200, "data", "class pictures wanted; valid ones already there count", least=1)
-    train_data_repeats: int = option(40, "data", "draws of each instance picture an epoch", least=1)
-    image_size: int = option(512, "data", "side of the training pictures, in pixels", least=8)
-    random_crop: bool = option(False, "data", "crop at random instead of at the centre")
-
-    train_config: str = option("configs/train_dreambooth_sd_v2.json", "model", "JSON or YAML with any of these options")
-    model_config: str = option("configs/train_dreambooth_sd_v2.yaml", "model", "YAML of the networks and the noise schedule")
-    pretrained_model_path: str = option("models/", "model", "folder of the base checkpoint")
-    pretrained_model_file: str = option("sd_v2_base-57526ee4.ckpt", "model", "base checkpoint, .ckpt or .safetensors")
-    output_path: str = option("output", "model", "folder for checkpoints, log and effective configuration")
-
-    train_text_encoder: bool = option(True, "training", "train the text encoder too (else it is frozen)")
-    train_batch_size: int = option(2, "training", "instance pictures a step; as many class pictures come on top", least=1)
-    gradient_accumulation_steps: int = option(1, "training", "steps whose gradients are averaged for one update", least=1)
-    epochs: int = option(8, "training", "passes over the repeated instance pictures", least=1)
-    prior_loss_weight: float = option(1.0, "training", "weight of the class term (lambda in the paper)", least=0)
-    optim: str = option("adamw", "training", "optimizer", choices=("adamw", "adam"))
-    betas: tuple[float, float] = option((0.9, 0.999), "training", "decay rates of the optimizer's moments", least=0, below=1)
-    weight_decay: float = option(1e-2, "training", "weight decay (never on norms and biases)", least=0)
-    start_learning_rate: float = option(5e-6, "training", "learning rate, constant unless the next three say otherwise", above=0)
-    end_learning_rate: float | None = option(None, "training", "rate at the end of the decay [0 if decay_steps > 0]", least=0)
-    warmup_steps: int = option(0, "training", "updates of linear warm-up from 0", least=0)
-    decay_steps: int = option(0, "training", "updates of cosine decay after the warm-up; 0: constant", least=0)
-    clip_grad: bool = option(False, "training", "clip the gradients by their global norm")
-    max_grad_norm: float = option(1.0, "training", "the norm to clip to", above=0)
-    init_loss_scale: float = option(512.0, "training", "first loss scale (float16 compute only)", least=1)
-    loss_scale_factor: float = option(2.0, "training", "factor the loss scale grows and shrinks by", above=1)
-    scale_window: int = option(200, "training", "updates without overflow before the loss scale grows", least=1)
-    use_ema: bool = option(False, "training", "average the weights (decay 0.9999, warmed up); saved beside the weights")
-
-    sampling_steps: int = option(50, "class pictures", "denoising steps", least=1)
-    sample_batch_size: int = option(4, "class pictures", "pictures at a time", least=1)
-    guidance_scale: float = option(9.0, "class pictures", "classifier-free guidance scale", aliases=("--scale",), least=0)
-
-    ckpt_save_interval: int = option(1, "run", "epochs between checkpoints", least=1)
-    callback_size: int = option(1, "run", "updates between log lines", least=1)
-    seed: int = option(3407, "run", "all random numbers follow from it", least=0)
-    log_level: str = option("INFO", "run", "how much to log", choices=LOG_LEVELS)
-    device: str = option("auto", "run", "where to run; auto: Ascend where there is one, else CPU", choices=DEVICES)
-    mode: int = option(0, "run", "0 graph mode, 1 PyNative (for debugging)", choices=(0, 1))
-    compile_cache: bool = option(True, "run", "keep compiled graphs for the next start")
-    use_parallel: bool = option(False, "run", "several devices: not available yet")
-    use_lora: bool = option(False, "run", "LoRA: not available yet")
-    lora_rank: int = option(4, "run", "LoRA rank: not available yet", least=1)
-    lora_fp16: bool = option(True, "run", "LoRA in float16: not available yet")
-
-    def check(self) -> None:
-        """Raise ConfigError for combinations that cannot work and for files that are not there."""
-        _refuse_parallel_and_lora(self)
-        if not self.lora_fp16:
-            raise ConfigError("lora_fp16=False: this version has no LoRA yet; leave the option out")
-        needed = ["instance_data_dir", "instance_prompt"]
-        needed += ["class_data_dir", "class_prompt"] if self.with_prior_preservation else []
-        for name in needed:
-            if not getattr(self, name):
-                why = " with prior preservation (or give --with_prior_preservation=False)" if name.startswith("class") else ""
-                raise ConfigError(f"--{name} is missing: it is required{why}")
-        if not Path(self.instance_data_dir).is_dir():
-            raise ConfigError(f"instance_data_dir {self.instance_data_dir}: no such folder")
-        if self.with_prior_preservation:
-            instance, classes = Path(self.instance_data_dir).resolve(), Path(self.class_data_dir).resolve()
-            if classes == instance or instance in classes.parents:
-                raise ConfigError(f"class_data_dir {self.class_data_dir} lies in instance_data_dir: give a folder of its own")
-            if Path(self.class_data_dir).exists() and not Path(self.class_data_dir).is_dir():
-                raise ConfigError(f"class_data_dir {self.class_data_dir}: is a file, a folder is wanted")
-        if self.end_learning_rate is not None and not self.decay_steps:
-            raise ConfigError("end_learning_rate is set but decay_steps is 0: give --decay_steps too")
-        _require_file(self.checkpoint, "pretrained checkpoint", "see models/README.md for where to get it")
-
-    def graph_facts(self) -> dict:
-        """The options that may shape a compiled graph: all but those that surely do not."""
-        outside = {"start_learning_rate", "end_learning_rate", "warmup_steps", "decay_steps", "epochs", "train_data_repeats"}
-        outside |= {"seed", "log_level", "callback_size", "ckpt_save_interval", "num_class_images", "sampling_steps"}
-        facts = dataclasses.asdict(self).items()
-        return {name: value for name, value in facts if name not in outside and not name.endswith(("_dir", "_path", "_file", "_prompt", "_config"))}
-
-    @property
-    def checkpoint(self) -> Path:
-        return Path(self.pretrained_model_path) / self.pretrained_model_file
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Draw pictures from prompts with a Stable Diffusion 2 checkpoint."""
-
-    prompt: str = option("A cute wolf in winter forest", "prompts", "what to draw")
-    negative_prompt: str = option("", "prompts", "what to keep away from")
-    data_path: str | None = option(None, "prompts", "file with a prompt a line, instead of --prompt", aliases=("--from-file", "--from_file"))
-    negative_data_path: str | None = option(None, "prompts", "file with a negative prompt a line: one, or as many as prompts")
-
-    config: str = option("configs/train_dreambooth_sd_v2.yaml", "model", "YAML of the networks and the noise schedule")
-    ckpt_path: str = option("models/sd_v2_base-57526ee4.ckpt", "model", "checkpoint, .ckpt or .safetensors")
-    version: str = option("2.0", "model", "Stable Diffusion version; others come later", aliases=("-v",), choices=("2.0",))
-
-    sampler: str = option("plms", "sampling", "how to sample", choices=SAMPLER_NAMES)
-    ddim: bool = option(False, "sampling", "the same as --sampler ddim")
-    dpm_solver: bool = option(False, "sampling", "the same as --sampler dpm_solver")
-    dpm_solver_pp: bool = option(False, "sampling", "the same as --sampler dpm_solver_pp")
-    uni_pc: bool = option(False, "sampling", "the same as --sampler uni_pc")
-    sampling_steps: int = option(50, "sampling", "denoising steps", least=1)
-    guidance_scale: float = option(9.0, "sampling", "classifier-free guidance scale; 1: none", aliases=("--scale",), least=0)
-    ddim_eta: float = option(0.0, "sampling", "noise of DDIM: 0 none, 1 as much as DDPM", least=0)
-    n_iter: int = option(2, "sampling", "rounds", least=1)
-    n_samples: int = option(8, "sampling", "pictures a prompt and round", least=1)
-    H: int | None = option(None, "sampling", "height in pixels [the configuration's]", least=8)
-    W: int | None = option(None, "sampling", "width in pixels [the configuration's]", least=8)
-    seed: int = option(42, "sampling", "the same seed draws the same pictures, whatever the batch", least=0)
-    fixed_code: bool = option(False, "sampling", "start every round from the same noise")
-
-    output_path: str = option("output", "output", "folder: samples/ and a grid are put there")
-    n_rows: int = option(0, "output", "pictures a row of the grid; 0: n_samples", least=0)
-    skip_grid: bool = option(False, "output", "no grid")
-    skip_save: bool = option(False, "output", "no single pictures")
-
-    log_level: str = option("INFO", "run", "how much to log", choices=LOG_LEVELS)
-    device: str = option("auto", "run", "where to run; auto: Ascend where there is one, else CPU", choices=DEVICES)
-    mode: int = option(0, "run", "0 graph mode, 1 PyNative (for debugging)", choices=(0, 1))
-    compile_cache: bool = option(True, "run", "keep compiled graphs for the next start")
-    use_lora: bool = option(False, "run", "LoRA: not available yet")
-    lora_rank: int = option(4, "run", "LoRA rank: not available yet", least=1)
-    lora_ckpt_path: str | None = option(None, "run", "LoRA weights: not available yet")
-
-    @property
-    def sampler_name(self) -> str:
-        return next((name for name in SAMPLER_NAMES[1:] if getattr(self, name)), self.sampler)
-
-    def check(self) -> None:
-        """Raise ConfigError for combinations that cannot work and for files that are not there."""
-        _refuse_parallel_and_lora(self)
-        named = {name for name in SAMPLER_NAMES[1:] if getattr(self, name)}
-        if len(named) > 1 or (named and self.sampler not in ("plms", *named)):
-            raise ConfigError(f"one sampler is wanted, several are named: {', '.join(sorted(named | {self.sampler} - {'plms'}))}")
-        if self.ddim_eta and self.sampler_name != "ddim":
-            raise ConfigError(f"ddim_eta {self.ddim_eta:g} acts with the ddim sampler only, not with {self.sampler_name}: give --ddim")
-        if self.skip_grid and self.skip_save:
-            raise ConfigError("skip_grid and skip_save together leave nothing to write: leave one out")
-        for name in ("data_path", "negative_data_path"):
-            if getattr(self, name):
-                _require_file(Path(getattr(self, name)), name, "it holds a prompt a line")
-        _require_file(Path(self.ckpt_path), "checkpoint", "give --ckpt_path (see models/README.md)")
-
-
-def _refuse_parallel_and_lora(options) -> None:
-    if getattr(options, "use_parallel", False):
-        raise ConfigError("use_parallel=True: this version trains on one device; leave the option out")
-    if options.use_lora or options.lora_rank != 4 or getattr(options, "lora_ckpt_path", None):
-        raise ConfigError("LoRA (use_lora, lora_rank, lora_ckpt_path): this version has none yet; leave the options out")
-
-
-def _require_file(path: Path, what: str, hint: str) -> None:
+def require_file(path: Path, what: str, hint: str) -> None:
     if not path.is_file():
         raise ConfigError(f"{what} {path}: no such file; {hint}")
 
@@ -274,7 +100,7 @@ class ModelConfig:
 
 def read_mapping(path: str | Path) -> dict:
     """A JSON or YAML file's top-level mapping. Nothing in it is executed."""
-    _require_file(Path(path), "configuration", "check the path")
+    require_file(Path(path), "configuration", "check the path")
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
@@ -322,87 +148,6 @@ def convert(value, kind, name: str):
             pass
     wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
     raise ConfigError(f"{name}: {wanted} wanted, found {value!r}")
-
-
-def _check_field(spec: dataclasses.Field, value):
-    """Bounds and choices of one option."""
-    meta, values = spec.metadata, value if isinstance(value, tuple) else (value,)
-    if meta["choices"] and value not in meta["choices"]:
-        wanted = ", ".join(map(str, meta["choices"]))
-        raise ConfigError(f"{spec.name}: one of {wanted} wanted, found {value!r}{nearest(str(value), list(map(str, meta['choices'])))}")
-    for item in values:
-        if item is None:
-            continue
-        if meta["least"] is not None and item < meta["least"]:
-            raise ConfigError(f"{spec.name}: {meta['least']} or more wanted, found {item}")
-        if meta["above"] is not None and item <= meta["above"]:
-            raise ConfigError(f"{spec.name}: more than {meta['above']} wanted, found {item}")
-        if meta["below"] is not None and item >= meta["below"]:
-            raise ConfigError(f"{spec.name}: less than {meta['below']} wanted, found {item}")
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _make_parser(cls) -> argparse.ArgumentParser:
-    parser = _Parser(usage="%(prog)s [options]", description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    groups = {}
-    for spec in dataclasses.fields(cls):
-        meta = spec.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]) if meta["group"] not in groups else None)
-        default = "none" if spec.default is None else " ".join(map(str, spec.default)) if isinstance(spec.default, tuple) else spec.default
-        choices = f" {{{','.join(map(str, meta['choices']))}}}" if meta["choices"] else ""
-        text = f"{meta['text']}{choices} [{default}]" if not meta["text"].endswith("]") else meta["text"]
-        extra = {"metavar": spec.name.rsplit("_", 1)[-1].upper()}
-        if spec.type is bool:
-            extra = {"metavar": "BOOL", "nargs": "?", "const": "True"}
-        elif isinstance(spec.default, tuple):
-            extra = {"metavar": "VALUE", "nargs": "+"}
-        group.add_argument(f"--{spec.name}", *meta["aliases"], dest=spec.name, help=text.replace("%", "%%"), **extra)
-    return parser
-
-
-def _collect(cls, given: dict, source: str) -> dict:
-    """`given` converted to the types of `cls`; a key that `cls` lacks is an error."""
-    specs = {spec.name: spec for spec in dataclasses.fields(cls)}
-    names = dict.fromkeys(specs)
-    names |= {alias.lstrip("-"): spec.name for spec in specs.values() for alias in spec.metadata["aliases"] if alias.startswith("--")}
-    result = {}
-    for key, value in given.items():
-        name = names[key] or key if key in names else None
-        if name is None:
-            raise ConfigError(f"{source}: unknown option {key}{nearest(str(key), list(names))}")
-        if name == "log_level" and isinstance(value, str):
-            value = value.removeprefix("logging.").upper()
-        result[name] = convert(value, specs[name].type, f"{source}: {name}")
-        _check_field(specs[name], result[name])
-    return result
-
-
-def parse_options(cls, argv: Sequence[str] | None = None):
-    """Options of type `cls` from the command line and, where it has `train_config`, from that file.
-
-    Ends the process with one line and status 2 where something is wrong.
-    """
-    parser = _make_parser(cls)
-    known, unknown = parser.parse_known_args(argv)
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}")
-    try:
-        given = _collect(cls, vars(known), "command line")
-        if "train_config" in cls.__dataclass_fields__:
-            path = given.get("train_config", cls.train_config)
-            given = _collect(cls, read_mapping(path), str(path)) | given
-        options = cls(**given)
-        options.check()
-    except ConfigError as error:
-        parser.error(str(error))
-    return options
 
 
 def _build(cls, given, where: str):

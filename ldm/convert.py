@@ -105,7 +105,9 @@ def from_diffusers(folders: Mapping[str, Mapping[str, np.ndarray]], shapes: Mapp
     """Official names to arrays, for the names and shapes of the model. Raises ValueError for missing or unused names."""
     text = folders["text_encoder"]
     prefix = "" if any(name.startswith("text_model.") for name in text) else "text_model."  # transformers 5 drops it
-    left = {folder: dict(given) for folder, given in folders.items()} | {"text_encoder": {prefix + name: value for name, value in text.items()}}
+    left = {folder: dict(given) for folder, given in folders.items()} | {
+        "text_encoder": {prefix + name: value for name, value in text.items()}
+    }
     left["text_encoder"].pop("text_model.embeddings.position_ids", None)  # a buffer, not a weight
     weights, missing = {}, []
     for name, shape in shapes.items():

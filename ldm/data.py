@@ -57,9 +57,7 @@ class DreamBoothData:
         class_paths: pictures of the class, or none without prior preservation. They take turns, reshuffled every round.
     """
 
-    def __init__(
-        self, instance_paths: list[Path], class_paths: list[Path], repeats: int, size: int, random_crop: bool, seed: int
-    ) -> None:
+    def __init__(self, instance_paths: list[Path], class_paths: list[Path], repeats: int, size: int, random_crop: bool, seed: int) -> None:
         self.instance_paths, self.class_paths = instance_paths, class_paths
         self.repeats, self.size, self.random_crop, self.seed = repeats, size, random_crop, seed
         self.samples_per_epoch = len(instance_paths) * repeats

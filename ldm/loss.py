@@ -26,9 +26,7 @@ class DreamBoothLoss(nn.Cell):
         The loss, and its instance and class term (0 without one), float32 scalars.
     """
 
-    def __init__(
-        self, unet: UNetModel, text_encoder: TextEncoder | None, schedule: NoiseSchedule, prior_loss_weight: float | None
-    ) -> None:
+    def __init__(self, unet: UNetModel, text_encoder: TextEncoder | None, schedule: NoiseSchedule, prior_loss_weight: float | None) -> None:
         super().__init__(auto_prefix=False)
         self.unet = unet
         self.trains_text = text_encoder is not None

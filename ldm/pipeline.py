@@ -75,13 +75,13 @@ class TextToImage:
     ) -> np.ndarray:  # fmt: skip
         """One picture for each prompt: (B, H, W, 3) uint8. `seeds` gives each its (seed, number)."""
         denoise = self.denoiser(self.encode_prompts(prompts), self.encode_prompts(negative_prompts), guidance_scale)
-        latents = self.initial_noise(seeds, height, width)
+        x_T = self.initial_noise(seeds, height, width)
         extra = {}
         if sampler == "ddim" and eta:
             shape = self._latent_shape(height, width)
             streams = [stream(seed, PICTURE, number).spawn(1)[0] for seed, number in seeds]
             extra = dict(eta=eta, noise=lambda _: np.stack([rng.standard_normal(shape) for rng in streams]))
-        for latents in SAMPLERS[sampler](denoise, latents, self.schedule, steps, **extra):
+        for latents in SAMPLERS[sampler](denoise, x_T, self.schedule, steps, **extra):  # noqa: B007 (the last one is decoded)
             on_step()
         return self.decode(latents)
 

@@ -19,9 +19,7 @@ VOCABULARY_FILE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 VOCABULARY_SIZE = 49408
 START, END = "<start_of_text>", "<end_of_text>"
 MERGES = VOCABULARY_SIZE - 2 * 256 - 2
-WORDS = regex.compile(
-    rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
-)
+WORDS = regex.compile(rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
 logger = logging.getLogger(__name__)
 
 

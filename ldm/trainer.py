@@ -17,12 +17,13 @@ import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 
 from ldm.checkpoint import save_weights, weights_of
-from ldm.config import ModelConfig, TrainOptions
-from ldm.data import DreamBoothData, Draw
+from ldm.config import ModelConfig
+from ldm.data import Draw, DreamBoothData
 from ldm.loss import DreamBoothLoss
 from ldm.models.autoencoder import Encode, posterior_sample
 from ldm.models.latent_diffusion import LatentDiffusion
 from ldm.optim import AdamW, LearningRate, LossScale, MovingAverage
+from ldm.options import TrainOptions
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 
@@ -182,12 +183,8 @@ class Trainer:
             options.prior_loss_weight if options.with_prior_preservation else None,
         )  # fmt: skip
         self.optimizer = AdamW(self.parameters, options.betas, options.weight_decay, decoupled=options.optim == "adamw")
-        self.learning_rate = LearningRate(
-            options.start_learning_rate, options.end_learning_rate, options.warmup_steps, options.decay_steps
-        )
-        self.loss_scale = LossScale(
-            options.init_loss_scale if config.use_fp16 else 1.0, options.loss_scale_factor, options.scale_window
-        )
+        self.learning_rate = LearningRate(options.start_learning_rate, options.end_learning_rate, options.warmup_steps, options.decay_steps)
+        self.loss_scale = LossScale(options.init_loss_scale if config.use_fp16 else 1.0, options.loss_scale_factor, options.scale_window)
         update = Update(self.optimizer, options.max_grad_norm if options.clip_grad else None, config.use_fp16)
         accumulates = options.gradient_accumulation_steps > 1
         self.step = TrainStep(loss, self.optimizer, update, accumulates)
@@ -248,9 +245,7 @@ class Trainer:
             else:
                 seconds = (time.perf_counter() - start) / (self.global_step - first)
                 speed, left = self.samples_per_update * len(self.text) / seconds, seconds * (self.total_steps - self.global_step)
-            yield Report(
-                self.global_step, self.total_steps, self.epoch, *losses, rate, speed, left, norm, self.loss_scale.value, skipped
-            )
+            yield Report(self.global_step, self.total_steps, self.epoch, *losses, rate, speed, left, norm, self.loss_scale.value, skipped)
 
     @property
     def epoch(self) -> int:

@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="diffusers folder or checkpoint file")
     parser.add_argument("target", type=Path, help="what to write")
-    parser.add_argument("--config", type=Path, default=Path("configs/train_dreambooth_sd_v2.yaml"), help="model configuration [%(default)s]")
+    parser.add_argument(
+        "--config", type=Path, default=Path("configs/train_dreambooth_sd_v2.yaml"), help="model configuration [%(default)s]"
+    )
     parser.add_argument("--half", action="store_true", help="store float16 instead of float32")
     options = parser.parse_args(argv)
     try:

@@ -2,16 +2,14 @@
 
 import dataclasses
 
-import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from conftest import SHALLOW, in_half, random_model, relative_error, torch_networks, weights_as_arrays, write_pictures
+from conftest import SHALLOW, random_model, torch_networks, weights_as_arrays, write_pictures
 
-from ldm.config import TrainOptions
 from ldm.convert import diffusers_names
 from ldm.data import DreamBoothData
-from ldm.optim import has_weight_decay
+from ldm.options import TrainOptions
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 from ldm.trainer import Trainer
@@ -36,7 +34,7 @@ def torch_training(weights, config, options, data, steps):
     trained = [("unet", unet)] + ([("text_encoder", text_encoder)] if options.train_text_encoder else [])
     named = {(folder, name): p for folder, network in trained for name, p in network.named_parameters()}
     groups = {True: [], False: []}
-    for (folder, name), parameter in named.items():
+    for (_, name), parameter in named.items():
         is_norm = "norm" in name.split(".")[-2] and "conv_norm" not in name or name.startswith("conv_norm")
         groups[parameter.ndim > 1 and not is_norm].append(parameter)
     optimizer = torch.optim.AdamW(
@@ -50,7 +48,9 @@ def torch_training(weights, config, options, data, steps):
     for step in range(steps):
         optimizer.zero_grad()
         terms = []
-        for draws in data.batches(options.train_batch_size, options.gradient_accumulation_steps, step * options.gradient_accumulation_steps):
+        for draws in data.batches(
+            options.train_batch_size, options.gradient_accumulation_steps, step * options.gradient_accumulation_steps
+        ):
             pixels = torch.from_numpy(np.stack([data.pixels(draw) for draw in draws]))
             with torch.no_grad():
                 posterior = vae.encode(pixels).latent_dist

@@ -41,9 +41,7 @@ class FeedForward(nn.Cell):
     def __init__(self, channels: int, dropout: float, dtype) -> None:
         super().__init__()
         inner = 4 * channels
-        self.net = nn.SequentialCell(
-            GEGLU(channels, inner, dtype), nn.Dropout(p=dropout), Dense(inner, channels, dtype=dtype)
-        )
+        self.net = nn.SequentialCell(GEGLU(channels, inner, dtype), nn.Dropout(p=dropout), Dense(inner, channels, dtype=dtype))
 
     def construct(self, x):
         return self.net(x)

@@ -45,9 +45,7 @@ class AttnBlock(nn.Cell):
         h = self.norm(x)
         q, k, v = self.q(h), self.k(h), self.v(h)
         flat = (batch, channels, height * width)
-        h = self.attention(
-            q.reshape(flat).transpose(0, 2, 1), k.reshape(flat).transpose(0, 2, 1), v.reshape(flat).transpose(0, 2, 1)
-        )
+        h = self.attention(q.reshape(flat).transpose(0, 2, 1), k.reshape(flat).transpose(0, 2, 1), v.reshape(flat).transpose(0, 2, 1))
         return x + self.proj_out(h.transpose(0, 2, 1).reshape(x.shape))
 
 

@@ -90,9 +90,7 @@ class UNetModel(nn.Cell):
         emb_channels = 4 * width
         half = width // 2
         self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / half)[None].astype(np.float32))
-        self.time_embed = nn.SequentialCell(
-            Dense(width, emb_channels, dtype=dtype), SiLU(), Dense(emb_channels, emb_channels, dtype=dtype)
-        )
+        self.time_embed = nn.SequentialCell(Dense(width, emb_channels, dtype=dtype), SiLU(), Dense(emb_channels, emb_channels, dtype=dtype))
 
         def res_block(in_channels, out_channels):
             return ResBlock(in_channels, out_channels, emb_channels, config.norm_groups, config.dropout, dtype)

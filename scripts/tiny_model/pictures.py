@@ -5,7 +5,7 @@ and in most pictures the place; a rare word in front of the class teaches that s
 """
 
 import zlib
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -29,7 +29,7 @@ PLACES = {
     "street": ("on the street", "in the city street"),
     "plain": ("on a {} background", "in front of a {} wall"),
 }
-RARE_WORDS = ("sks zwx qvk xjy olis fpg ktn vxd ucz pbw jrg lqm hzt wgn ydk mxb".split())
+RARE_WORDS = "sks zwx qvk xjy olis fpg ktn vxd ucz pbw jrg lqm hzt wgn ydk mxb".split()
 YY, XX = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 
 
@@ -193,7 +193,7 @@ def plain(rng, colour):
 DRAWN = {f.__name__: f for f in (grass, snow, beach, water, night, brick, wood, forest, desert, street)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def backgrounds(place: str, count: int = 200) -> np.ndarray:
     """A pool of drawn places: drawing each one anew would take most of the time."""
     rng = np.random.default_rng(zlib.crc32(place.encode()))

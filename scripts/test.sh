@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint and tests in .venv (made where there is none). Arguments go to pytest: bash scripts/test.sh -k tokenizer
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh requirements.txt requirements-test.txt
+# Only its tokenizer is compared with: without what it depends on, which is another PyTorch vision stack.
+.venv/bin/python -c 'from importlib.metadata import version; assert version("open_clip_torch") == "3.3.0"' 2>/dev/null ||
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps open_clip_torch==3.3.0
+.venv/bin/python -m ruff check .
+.venv/bin/python -m ruff format --check .
+exec .venv/bin/python -m pytest "$@"
