@@ -113,18 +113,30 @@ def test_gradients_of_every_parameter(config):
     args = [tensor(a) for a in (x, t, context, token_ids, pixels, weight, text_weight, pixel_weight, moment_weight)]
     mx, mt, mc, mi, mp, mw, mtw, mpw, mmw = args
 
+    def unet_loss():
+        return (model.unet(mx, mt, mc) * mw).sum()
+
+    def text_loss():
+        return (model.cond_stage_model(mi) * mtw).sum()
+
     def vae_loss():
         return ops.cat(((encode(mp) * mmw).reshape(-1), (decode(mx) * mpw).reshape(-1))).sum()
 
+    def reference_unet_loss():
+        return (unet(as_torch(x), as_torch(t).long(), as_torch(context)).sample * as_torch(weight)).sum()
+
+    def reference_text_loss():
+        return (text_encoder(as_torch(token_ids).long())[0] * as_torch(text_weight)).sum()
+
+    def reference_vae_loss():
+        moments, decoded = vae.encode(as_torch(pixels)).latent_dist.parameters, vae.decode(as_torch(x)).sample
+        return (moments * as_torch(moment_weight)).sum() + (decoded * as_torch(pixel_weight)).sum()
+
     cases = [
-        (model.unet, unet, lambda: (model.unet(mx, mt, mc) * mw).sum(),
-         lambda: (unet(as_torch(x), as_torch(t).long(), as_torch(context)).sample * as_torch(weight)).sum()),
-        (model.cond_stage_model, text_encoder, lambda: (model.cond_stage_model(mi) * mtw).sum(),
-         lambda: (text_encoder(as_torch(token_ids).long())[0] * as_torch(text_weight)).sum()),
-        (model.first_stage_model, vae, vae_loss,
-         lambda: (vae.encode(as_torch(pixels)).latent_dist.parameters * as_torch(moment_weight)).sum()
-         + (vae.decode(as_torch(x)).sample * as_torch(pixel_weight)).sum()),
-    ]  # fmt: skip
+        (model.unet, unet, unet_loss, reference_unet_loss),
+        (model.cond_stage_model, text_encoder, text_loss, reference_text_loss),
+        (model.first_stage_model, vae, vae_loss, reference_vae_loss),
+    ]
     compared = 0
     for network, reference, forward, reference_forward in cases:
         network.set_grad()
