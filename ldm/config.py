@@ -125,6 +125,8 @@ def convert(value, kind, name: str):
         raise ConfigError(f"{name}: a value is wanted, found none")
     kind = next(k for k in kinds if k is not type(None))
     if typing.get_origin(kind) is tuple:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            value = " ".join(value)  # from the command line: 0.9 0.98 or 0.9,0.98
         items = value.replace(",", " ").split() if isinstance(value, str) else value
         args = typing.get_args(kind)
         if not isinstance(items, (list, tuple)) or (args[-1] is not Ellipsis and len(items) != len(args)):

@@ -1,0 +1,74 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import write_pictures
+
+from ldm.data import DreamBoothData, load_instance_images
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return write_pictures(tmp_path / "instance", 3), write_pictures(tmp_path / "class", 5, seed=1)
+
+
+def make(folders, seed=0, random_crop=False, with_class=True):
+    return DreamBoothData(folders[0], folders[1] if with_class else [], 4, 32, random_crop, seed)
+
+
+def test_an_epoch_draws_each_instance_picture_equally_often(folders):
+    data = make(folders)
+    assert data.samples_per_epoch == 12
+    epochs = [[draw.path for draw in data.draws(12 * e, 12)[:12]] for e in range(3)]
+    for epoch in epochs:
+        assert Counter(epoch) == {path: 4 for path in folders[0]}
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_each_instance_draw_has_a_class_draw_and_class_pictures_take_turns(folders):
+    draws = make(folders).draws(0, 10)
+    assert len(draws) == 20 and [d.sample for d in draws] == [*range(10), *range(10)]
+    assert Counter(d.path for d in draws[10:]) == {path: 2 for path in folders[1]}
+    assert len(make(folders, with_class=False).draws(0, 10)) == 10
+
+
+def test_samples_do_not_depend_on_how_the_run_is_split(folders):
+    whole = make(folders, random_crop=True)
+    parts = make(folders, random_crop=True)
+    long = [draws for draws in whole.batches(2, 20)]
+    assert long == [*parts.batches(2, 7), *parts.batches(2, 13, start=7)]
+    for draw in long[11]:
+        assert np.array_equal(whole.pixels(draw), parts.pixels(draw))
+        for a, b in zip(whole.noise(draw, (4, 4, 4), 1000), parts.noise(draw, (4, 4, 4), 1000)):
+            assert np.array_equal(a, b)
+
+
+def test_random_numbers_differ_between_samples_purposes_and_seeds(folders):
+    data, other = make(folders), make(folders, seed=1)
+    draws = data.draws(0, 4)
+    noises = [data.noise(draw, (4, 8, 8), 1000)[1] for draw in draws] + [other.noise(draws[0], (4, 8, 8), 1000)[1]]
+    noises += [data.noise(draws[0], (4, 8, 8), 1000)[2]]
+    flat = np.stack([noise.ravel() for noise in noises])
+    correlation = np.corrcoef(flat) - np.eye(len(flat))
+    assert np.abs(correlation).max() < 0.3 and abs(flat.mean()) < 0.1 and abs(flat.std() - 1) < 0.1
+    steps = [data.noise(draw, (1,), 1000)[0] for draw in data.draws(0, 500)]
+    assert min(steps) < 20 and max(steps) > 980 and abs(np.mean(steps) - 499.5) < 40
+
+
+def test_pixels(folders):
+    data = make(folders)
+    pixels = data.pixels(data.draws(0, 1)[0])
+    assert pixels.shape == (3, 32, 32) and pixels.dtype == np.float32 and np.abs(pixels).max() <= 1
+
+
+def test_instance_folder_errors_and_nothing_written(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures found"):
+        load_instance_images(tmp_path / "empty")
+    paths = write_pictures(tmp_path / "instance", 2)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "instance").iterdir()}
+    assert load_instance_images(tmp_path / "instance") == paths
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "instance").iterdir()} == before
+    (tmp_path / "instance/bad.jpg").write_text("hello")
+    with pytest.raises(ValueError, match="bad.jpg"):
+        load_instance_images(tmp_path / "instance")

@@ -1,0 +1,170 @@
+"""Flags and configuration files: what is accepted, and the one line that a mistake ends with."""
+
+import ast
+import dataclasses
+import json
+import re
+
+import pytest
+from conftest import ROOT, write_pictures
+
+from ldm.config import ConfigError, read_mapping, read_model_config
+from ldm.options import SampleOptions, TrainOptions, parse_options
+
+REFERENCE_DEFAULTS = dict(
+    mode=0, use_parallel=False, train_config="configs/train_dreambooth_sd_v2.json", output_path="output",
+    model_config="configs/train_dreambooth_sd_v2.yaml", pretrained_model_path="models/",
+    pretrained_model_file="sd_v2_base-57526ee4.ckpt", with_prior_preservation=True, prior_loss_weight=1.0,
+    num_class_images=200, train_data_repeats=40, sampling_steps=50, sample_batch_size=4, guidance_scale=9.0,
+    random_crop=False, image_size=512, train_text_encoder=True, train_batch_size=2, epochs=8, start_learning_rate=5e-6,
+    warmup_steps=0, decay_steps=0, end_learning_rate=None, optim="adamw", betas=(0.9, 0.999), weight_decay=1e-2,
+    gradient_accumulation_steps=1, clip_grad=False, max_grad_norm=1.0, init_loss_scale=512, loss_scale_factor=2,
+    scale_window=200, use_ema=False, use_lora=False, lora_rank=4, lora_fp16=True, ckpt_save_interval=1, callback_size=1,
+    seed=3407, log_level="INFO",
+)  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A complete set of arguments; the options file is empty."""
+    write_pictures(tmp_path / "instance", 1)
+    (tmp_path / "base.ckpt").write_bytes(b"x")
+    (tmp_path / "train.yaml").write_text("{}\n")
+    return tmp_path
+
+
+def train(files, *extra, config="train.yaml"):
+    return parse_options(TrainOptions, [
+        f"--train_config={files / config}", f"--instance_data_dir={files / 'instance'}", "--instance_prompt=a sks dog",
+        f"--class_data_dir={files / 'class'}", "--class_prompt=a dog", f"--pretrained_model_path={files}",
+        "--pretrained_model_file=base.ckpt", *extra,
+    ])  # fmt: skip
+
+
+def error_of(capsys, call) -> str:
+    """The one line that a refused command line prints; its exit status must be 2."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and not output.out and output.err.count("\n") == 1
+    return output.err
+
+
+def test_defaults_are_the_documented_ones():
+    assert {name: getattr(TrainOptions, name) for name in REFERENCE_DEFAULTS} == REFERENCE_DEFAULTS
+    sample = parse_options(SampleOptions, [f"--ckpt_path={ROOT / 'README.md'}"])
+    assert (sample.prompt, sample.sampling_steps, sample.guidance_scale) == ("A cute wolf in winter forest", 50, 9.0)
+    assert (sample.n_iter, sample.n_samples, sample.seed, sample.sampler_name) == (2, 8, 42, "plms")
+
+
+def test_default_then_file_then_flag(files):
+    (files / "train.json").write_text(json.dumps({"epochs": 3, "seed": 5, "betas": [0.8, 0.9], "scale": 7}))
+    options = train(files, "--seed=9", config="train.json")
+    assert (options.epochs, options.seed, options.betas, options.guidance_scale) == (3, 9, (0.8, 0.9), 7.0)
+    assert options.num_class_images == 200
+
+
+@pytest.mark.parametrize("text, value", [("True", True), ("no", False), ("1", True), ("0", False), ("YES", True), ("false", False)])
+def test_booleans(files, text, value):
+    assert train(files, f"--use_ema={text}").use_ema is value
+    assert train(files, "--use_ema").use_ema is True
+
+
+def test_spellings(files):
+    assert train(files, "--scale=3").guidance_scale == 3
+    assert train(files, "--log_level=logging.WARNING").log_level == "WARNING"
+    assert train(files, "--betas", "0.5", "0.6").betas == train(files, "--betas=0.5,0.6").betas == (0.5, 0.6)
+    (files / "rate.yaml").write_text("start_learning_rate: 5e-6\n")
+    assert train(files, config="rate.yaml").start_learning_rate == 5e-6
+    checkpoint = f"--ckpt_path={files / 'base.ckpt'}"
+    prompts = files / "train.yaml"
+    assert parse_options(SampleOptions, [checkpoint, "--from-file", str(prompts)]).data_path == str(prompts)
+    for name in ("ddim", "dpm_solver", "dpm_solver_pp", "uni_pc"):
+        assert parse_options(SampleOptions, [checkpoint, f"--{name}"]).sampler_name == name
+        assert parse_options(SampleOptions, [checkpoint, "--sampler", name]).sampler_name == name
+
+
+MISTAKES = {
+    "--epohcs=3": "did you mean --epochs?",
+    "--epochs=3.5": "a whole number wanted, found '3.5'",
+    "--epochs=0": "1 or more wanted, found 0",
+    "--use_ema=maybe": "True or False wanted",
+    "--start_learning_rate=fast": "a number wanted, found 'fast'",
+    "--start_learning_rate=nan": "a number wanted",
+    "--betas=0.9": "2 values wanted",
+    "--betas=0.9,1": "less than 1 wanted",
+    "--optim=sgd": "one of adamw, adam wanted",
+    "--log_level=__import__('os')": "one of DEBUG, INFO",
+    "--use_parallel=True": "this version trains on one device",
+    "--use_lora=True": "this version has none yet",
+    "--instance_prompt=": "--instance_prompt is missing",
+    "--instance_data_dir=/nowhere": "no such folder",
+    "--pretrained_model_file=other.ckpt": "no such file; see models/README.md",
+    "--end_learning_rate=1e-7": "give --decay_steps too",
+    "--train_config=/nowhere.json": "no such file",
+}
+
+
+@pytest.mark.parametrize("flag", MISTAKES)
+def test_a_mistaken_flag_ends_with_one_line(files, capsys, flag):
+    assert MISTAKES[flag] in error_of(capsys, lambda: train(files, flag))
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("epohcs: 3", "unknown option epohcs; did you mean epochs?"), ("epochs: [1]", "a whole number wanted"), ("- 1", "pairs are wanted"),
+    ("a: [", "not readable"), ("seed: !!python/object/apply:os.system ['true']", "not readable"), ("seed: ${oc.env:NOWHERE}", "not readable"),
+])  # fmt: skip
+def test_a_mistaken_file_ends_with_one_line(files, capsys, text, wanted):
+    (files / "bad.yaml").write_text(text)
+    assert wanted in error_of(capsys, lambda: train(files, config="bad.yaml"))
+
+
+def test_class_folder_inside_instance_folder_is_refused(files, capsys):
+    for folder in (files / "instance", files / "instance/class"):
+        assert "give a folder of its own" in error_of(capsys, lambda f=folder: train(files, f"--class_data_dir={f}"))
+
+
+def test_no_class_folder_is_needed_without_prior_preservation(files, capsys):
+    assert "class_prompt is missing" in error_of(capsys, lambda: train(files, "--class_prompt="))
+    assert train(files, "--class_prompt=", "--with_prior_preservation=False").class_prompt == ""
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--ddim", "--uni_pc"], "several are named"), (["--ddim", "--sampler=uni_pc"], "several are named"),
+    (["--ddim_eta=1"], "ddim sampler only"), (["-v", "1.5"], "one of 2.0 wanted"), (["--skip_grid", "--skip_save"], "nothing to write"),
+    (["--n_samples=0"], "1 or more"), (["--use_lora"], "has none yet"), (["--lora_rank=8"], "has none yet"), (["stray"], "unknown argument stray"),
+])  # fmt: skip
+def test_mistaken_sampling_flags(files, capsys, flags, wanted):
+    assert wanted in error_of(capsys, lambda: parse_options(SampleOptions, [f"--ckpt_path={files / 'base.ckpt'}", *flags]))
+
+
+def test_shipped_configurations_are_readable():
+    for path in (ROOT / "configs").glob("*.yaml"):
+        read_model_config(path)
+    for path in (ROOT / "configs").glob("*.json"):
+        assert read_mapping(path).keys() <= {field.name for field in dataclasses.fields(TrainOptions)}
+    assert read_mapping(ROOT / "configs/train_dreambooth_sd_v2.json")["betas"] == [0.9, 0.98]
+
+
+@pytest.mark.parametrize("old, new, wanted", [
+    ("model_channels: 320", "model_chanels: 320", "did you mean model_channels"), ("context_dim: 1024", "context_dim: 768", "text encoder's width"),
+    ("heads: 16", "heads: 7", "7 heads"), ("image_size: 512", "image_size: 500", "multiple of 64"), ("epsilon", "noise", "epsilon or v_prediction"),
+    ("  layers: 23\n", "", "layers is missing"), ("[1, 2, 4, 4]", "[2, 4, 4]", "begin with 1"), ("beta_end: 0.012", "beta_end: high", "a number wanted"),
+])  # fmt: skip
+def test_mistaken_model_configurations(tmp_path, old, new, wanted):
+    text = (ROOT / "configs/train_dreambooth_sd_v2.yaml").read_text()
+    assert old in text
+    (tmp_path / "model.yaml").write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=re.escape(wanted)):
+        read_model_config(tmp_path / "model.yaml")
+
+
+def test_every_option_is_read_somewhere():
+    """An accepted flag must act: each field is used as an attribute outside its definition."""
+    used = set()
+    for path in [*ROOT.glob("*.py"), *(ROOT / "ldm").rglob("*.py")]:
+        used |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    used |= {"ddim", "dpm_solver", "dpm_solver_pp", "uni_pc", "lora_ckpt_path", "use_parallel"}  # read by name, see test_spellings
+    for cls in (TrainOptions, SampleOptions):
+        unused = {field.name for field in dataclasses.fields(cls)} - used - {"train_config", "version"}  # read while parsing
+        assert not unused
