@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from conftest import SHALLOW, random_model, torch_networks, weights_as_arrays, write_pictures
+from conftest import SHALLOW, in_half, random_model, torch_networks, weights_as_arrays, write_pictures
 
+from ldm.checkpoint import read_checkpoint
 from ldm.convert import diffusers_names
 from ldm.data import DreamBoothData
 from ldm.options import TrainOptions
@@ -112,3 +114,51 @@ def test_twenty_steps_equal_pytorch(tmp_path, changes):
     print(f"largest relative loss difference {loss_error:.2e}, relative L2 difference of the change {weight_error:.2e}")
     assert loss_error <= 1e-4
     assert weight_error <= 1e-3
+
+
+def test_without_class_pictures_the_loss_is_the_instance_term(tmp_path):
+    options = dataclasses.replace(OPTIONS, with_prior_preservation=False, use_ema=True, warmup_steps=3)
+    data, model = make_data(tmp_path, options, with_class=False), random_model(SHALLOW)
+    trainer = Trainer(model, SHALLOW, options, data)
+    reports = [report for report, _ in zip(trainer.run(), range(4))]
+    assert all(report.loss == report.instance_loss and report.class_loss == 0 for report in reports)
+    assert np.allclose([report.learning_rate for report in reports], np.array([1, 2, 3, 3]) / 3 * 1e-4)
+    paths = trainer.save(tmp_path / "out", 1)
+    assert [path.name for path in paths] == ["dreambooth_epoch_1.ckpt", "dreambooth_epoch_1_ema.ckpt"]
+    plain, averaged = (read_checkpoint(path) for path in paths)
+    assert plain.keys() == averaged.keys() == weights_as_arrays(model).keys()
+    same = {name for name in plain if np.array_equal(plain[name], averaged[name])}
+    assert same == {name for name in plain if name.startswith("first_stage_model.")}
+
+
+def test_steps_epochs_and_checkpoints(tmp_path):
+    options = dataclasses.replace(OPTIONS, train_batch_size=3, train_data_repeats=2, epochs=3)
+    trainer = Trainer(random_model(SHALLOW), SHALLOW, options, make_data(tmp_path, options))
+    trainer.one_update = lambda: (setattr(trainer, "global_step", trainer.global_step + 1), (np.ones(3), 0.0, False))[1]
+    seen = [(r.global_step, r.epoch, trainer.finished_epoch()) for r in trainer.run()]  # 8 samples an epoch, 3 a step
+    assert seen == [(1, 1, None), (2, 1, None), (3, 2, 1), (4, 2, None), (5, 2, None), (6, 3, 2), (7, 3, None), (8, 3, 3)]
+
+
+def test_float16_training_and_overflow(tmp_path):
+    """An overflow leaves weights and moments alone and halves the scale; then training goes on, with falling loss."""
+    config = in_half(SHALLOW)
+    options = dataclasses.replace(OPTIONS, init_loss_scale=2.0**40, loss_scale_factor=2.0**12, clip_grad=True, start_learning_rate=1e-3)
+    data, model = make_data(tmp_path, options), random_model(config)
+    trainer = Trainer(model, config, options, data)
+    before = weights_as_arrays(model)
+    _, _, skipped = trainer.one_update()
+    assert skipped and trainer.loss_scale.value == 2.0**28
+    assert all(np.array_equal(value, before[name]) for name, value in weights_as_arrays(model).items())
+    assert not any(moment.asnumpy().any() for moment in trainer.optimizer.moment1)
+    reports = [report for report, _ in zip(trainer.run(), range(18))]
+    assert any(not report.skipped for report in reports) and "OVERFLOW" not in reports[-1].line()
+    applied = [report.loss for report in reports if not report.skipped]
+    assert np.isfinite(applied).all() and np.mean(applied[-4:]) < np.mean(applied[:4])
+    assert {p.dtype for p in model.get_parameters()} == {ms.float32}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    trainer = Trainer(random_model(SHALLOW), SHALLOW, OPTIONS, make_data(tmp_path, OPTIONS))
+    trainer.one_update = lambda: (np.array([np.nan, 1, 1]), 0.0, False)
+    with pytest.raises(FloatingPointError, match="lower start_learning_rate"):
+        next(trainer.run())
