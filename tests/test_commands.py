@@ -1,0 +1,135 @@
+"""The commands as a user runs them, on a small random model."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHALLOW, random_model, weights_as_arrays, write_pictures
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.checkpoint import read_checkpoint, save_weights, weights_of
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, its configuration and five pictures."""
+    folder = tmp_path_factory.mktemp("user")
+    OmegaConf.save(dataclasses.asdict(SHALLOW), folder / "model.yaml")
+    save_weights(weights_of(random_model(SHALLOW)), folder / "models/base.ckpt")
+    write_pictures(folder / "my dog", 5)
+    (folder / "train.yaml").write_text("sampling_steps: 2\nsample_batch_size: 2\nimage_size: 32\ntrain_data_repeats: 1\n")
+    return folder
+
+
+def run(place, *arguments, status=0, script=ROOT / "train_dreambooth.py"):
+    environment = os.environ | {"XDG_CACHE_HOME": str(place / "cache")}
+    environment.pop("MS_COMPILER_CACHE_PATH", None)
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=place, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == status, done.stderr[-3000:]
+    return done
+
+
+def train(place, *extra, status=0):
+    return run(
+        place, "--train_config=train.yaml", "--model_config=model.yaml", "--pretrained_model_file=base.ckpt", "--epochs=2",
+        "--instance_data_dir=my dog", "--instance_prompt=a sks dog", "--class_data_dir=classes/dog", "--class_prompt=a dog",
+        "--num_class_images=3", "--train_batch_size=2", "--start_learning_rate=1e-4", *extra, status=status,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    instance = {path: path.read_bytes() for path in (place / "my dog").iterdir()}
+    first = train(place, "--output_path=out")
+    assert {path: path.read_bytes() for path in (place / "my dog").iterdir()} == instance
+    return first
+
+
+def losses(place, folder):
+    return [json.loads(line)["loss"] for line in (place / folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_leaves_what_it_promises(place, trained):
+    assert sorted(p.name for p in (place / "classes/dog").iterdir()) == [f"class_{n:05d}.png" for n in range(3)]
+    names = {"dreambooth_epoch_1.ckpt", "dreambooth_epoch_2.ckpt", "effective_config.json", "metrics.jsonl", "train.log"}
+    assert {p.name for p in (place / "out").iterdir()} == names
+    assert sorted(p.name for p in place.iterdir()) == ["cache", "classes", "model.yaml", "models", "my dog", "out", "train.yaml"]
+    effective = json.loads((place / "out/effective_config.json").read_text())
+    assert effective["options"]["sampling_steps"] == 2 and effective["model"]["unet"]["model_channels"] == 32
+    assert len(losses(place, "out")) == 5  # 10 samples in twos
+    log = (place / "out/train.log").read_text()
+    assert "step 5/5 epoch 2" in log and "images/s" in log and "instance" in log
+    base, tuned = read_checkpoint(place / "models/base.ckpt"), read_checkpoint(place / "out/dreambooth_epoch_2.ckpt")
+    changed = {name for name in base if not np.array_equal(base[name], tuned[name])}
+    assert base.keys() == tuned.keys() and all(not name.startswith("first_stage_model") for name in changed)
+    assert any(name.startswith("cond_stage_model") for name in changed) and len(changed) > 0.9 * len(
+        [name for name in base if not name.startswith("first_stage_model")]
+    )
+
+
+def test_a_second_run_samples_nothing_and_gives_the_same_losses(place, trained):
+    before = {path: path.stat().st_mtime_ns for path in (place / "classes/dog").iterdir()}
+    second = train(place, "--output_path=again")
+    assert {path: path.stat().st_mtime_ns for path in (place / "classes/dog").iterdir()} == before
+    assert "sampling" not in second.stderr
+    assert losses(place, "again") == losses(place, "out")
+    third = train(place, "--output_path=cached")  # now every graph comes from the compile cache
+    assert losses(place, "cached") == losses(place, "out") and "compile cache" in third.stderr
+
+
+def test_drawing(place, trained):
+    arguments = [
+        "--config=model.yaml", "--ckpt_path=out/dreambooth_epoch_2.ckpt", "--prompt=a sks dog on the hill", "--sampling_steps=3",
+        "--n_iter=2", "--n_samples=2", "--output_path=drawn",
+    ]  # fmt: skip
+    script = ROOT / "text_to_image.py"
+    run(place, *arguments, script=script)
+    samples = sorted((place / "drawn/samples").iterdir())
+    assert [path.name for path in samples] == [f"{n:05d}.png" for n in range(4)]
+    assert Image.open(samples[0]).size == (32, 32) and Image.open(place / "drawn/grid-00000.png").size == (70, 70)
+    pixels = [path.read_bytes() for path in samples]
+    assert len(set(pixels)) == 4
+    (place / "prompts.txt").write_text("a sks dog on the hill\na cat\n")
+    more = ["--from-file=prompts.txt", "--n_iter=1", "--fixed_code", "--ddim", "--ddim_eta=0.5", "--n_rows=1", "--H=40", "--W=32"]
+    run(place, *arguments, *more, script=script)
+    assert len(list((place / "drawn/samples").iterdir())) == 8  # nothing is overwritten
+    assert [path.read_bytes() for path in samples] == pixels
+    assert Image.open(place / "drawn/grid-00001.png").size == (36, 4 * 42 + 2)
+
+
+def test_mistakes_end_with_one_line(place, tmp_path, trained):
+    weights = weights_as_arrays(random_model(SHALLOW))
+    lost = weights.popitem()[0]
+    save_weights(weights, place / "models/short.ckpt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/picture.jpg").write_text("hello")
+    cases = {
+        "--epohcs=1": "did you mean --epochs?",
+        "--pretrained_model_file=none.ckpt": "no such file",
+        "--pretrained_model_file=short.ckpt": f"missing: 1 ({lost})",
+        f"--instance_data_dir={tmp_path / 'empty'}": "no pictures found",
+        f"--instance_data_dir={tmp_path / 'text'}": "picture.jpg: not a readable picture",
+        "--image_size=33": "a multiple of 4 is wanted",
+        "--device=Ascend": "no Ascend device",
+    }
+    for flag, wanted in cases.items():
+        errors = [line for line in train(place, flag, "--output_path=failed", status=2).stderr.splitlines() if " INFO " not in line]
+        print("\n".join(errors))
+        assert len(errors) == 1 and wanted in errors[0] and errors[0].startswith("train_dreambooth.py: error: ")
+
+
+def test_conversion_command(place, trained):
+    script = ROOT / "scripts/convert_checkpoint.py"
+    run(place, "models/base.ckpt", "folder", "--config=model.yaml", script=script)
+    run(place, "folder", "back.safetensors", "--config=model.yaml", "--half", script=script)
+    original, back = read_checkpoint(place / "models/base.ckpt"), read_checkpoint(place / "back.safetensors")
+    assert all(np.array_equal(value.astype(np.float16), back[name]) for name, value in original.items())
+    assert "exists already" in run(place, "folder", "back.safetensors", "--config=model.yaml", script=script, status=2).stderr
