@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ldm import runtime
-from ldm.config import ModelConfig, fail, read_model_config
+from ldm.config import ConfigError, ModelConfig, fail, read_model_config
 from ldm.options import TrainOptions, parse_options
 
 logger = logging.getLogger("train_dreambooth")
@@ -22,6 +22,9 @@ def prepare(argv: list[str] | None) -> tuple[TrainOptions, ModelConfig]:
     config.check_size(image_size=options.image_size)
     output = Path(options.output_path)
     output.mkdir(parents=True, exist_ok=True)
+    earlier = sorted(output.glob("dreambooth_epoch_*"))
+    if earlier:
+        raise ConfigError(f"output_path {output}: holds {earlier[0].name} of an earlier run; give another folder or remove it")
     runtime.start_logging(options.log_level, output / "train.log")
     effective = {"options": dataclasses.asdict(options), "model": dataclasses.asdict(config)}
     runtime.write_text(output / "effective_config.json", json.dumps(effective, indent=2) + "\n")

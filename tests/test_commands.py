@@ -119,9 +119,10 @@ def test_mistakes_end_with_one_line(place, tmp_path, trained):
         f"--instance_data_dir={tmp_path / 'text'}": "picture.jpg: not a readable picture",
         "--image_size=33": "a multiple of 4 is wanted",
         "--device=Ascend": "no Ascend device",
+        "--output_path=out": "holds dreambooth_epoch_1.ckpt of an earlier run",
     }
     for flag, wanted in cases.items():
-        errors = [line for line in train(place, flag, "--output_path=failed", status=2).stderr.splitlines() if " INFO " not in line]
+        errors = [line for line in train(place, "--output_path=failed", flag, status=2).stderr.splitlines() if " INFO " not in line]
         print("\n".join(errors))
         assert len(errors) == 1 and wanted in errors[0] and errors[0].startswith("train_dreambooth.py: error: ")
 
