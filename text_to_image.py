@@ -46,7 +46,7 @@ def run(options: SampleOptions, config: ModelConfig, prompts: list[tuple[str, st
 
     drawn, number = [], 0
     evaluations = options.sampling_steps * options.n_iter * len(prompts)
-    with tqdm(total=evaluations, desc="sampling", unit="step") as bar:
+    with tqdm(total=evaluations, desc="sampling", unit="step", disable=None) as bar:
         for round_ in range(options.n_iter):
             for row, (prompt, negative) in enumerate(prompts):
                 first = (row if options.fixed_code else round_ * len(prompts) + row) * options.n_samples

@@ -58,7 +58,7 @@ def run(options: TrainOptions, config: ModelConfig) -> None:
             batch_size=options.sample_batch_size, steps=options.sampling_steps, guidance_scale=options.guidance_scale,
             size=options.image_size,
         )  # fmt: skip
-        class_paths += list(tqdm(new, "class pictures", total=missing, unit="picture"))
+        class_paths += list(tqdm(new, "class pictures", total=missing, unit="picture", disable=None))
     class_paths = sorted(class_paths)
 
     samples = data.DreamBoothData(
@@ -69,7 +69,7 @@ def run(options: TrainOptions, config: ModelConfig) -> None:
     trained = sum(parameter.size for parameter in trainer.parameters)
     logger.info("training %.1fM values on %d pictures: %d updates", trained / 1e6, len(instance_paths), trainer.total_steps)
     logger.info("compiling; the first step takes a while")
-    with tqdm(total=trainer.total_steps, desc="training", unit="step", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=trainer.total_steps, desc="training", unit="step", disable=None) as bar:
         for report in trainer.run():
             metrics.write(report)
             bar.update()

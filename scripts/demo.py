@@ -27,7 +27,7 @@ def draw(checkpoint: Path, subject: str, folder: Path) -> np.ndarray:
     prompts.write_text("".join(f"{subject} {place}\n" for place in PLACES))
     command(
         "text_to_image.py", f"--config={CONFIG}.yaml", f"--ckpt_path={checkpoint}", f"--data_path={prompts}",
-        f"--output_path={folder}", "--n_iter=1", "--n_samples=1", "--sampling_steps=25", "--scale=4", "--seed=7", "--skip_grid",
+        f"--output_path={folder}", "--n_iter=1", "--n_samples=1", "--sampling_steps=25", "--scale=3", "--seed=7", "--skip_grid",
     )  # fmt: skip
     return np.stack([np.asarray(images.read_image(path)) for path in sorted((folder / "samples").glob("*.png"))])
 
