@@ -7,14 +7,19 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, in_half, random_model, relative_error, torch_networks, weights_as_arrays
+from conftest import ROOT, in_half, random_model, relative_error, torch_networks, weights_as_arrays, write_pictures
 from mindspore import ops
+from mindspore.nn.utils import no_init_parameters
 
 from ldm.config import read_model_config
 from ldm.convert import diffusers_names
+from ldm.data import DreamBoothData
 from ldm.models.autoencoder import Decode, Encode
 from ldm.models.latent_diffusion import build_model
+from ldm.options import TrainOptions
+from ldm.trainer import Trainer
 
+CONFIG = ROOT / "configs/train_dreambooth_sd_v2.yaml"
 # Both sides sum the same float32 products in another order: a few rounding errors of 6e-8 for each of ~30 layers.
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 HALF_TOLERANCE = 2e-2  # float16 keeps 11 bits, 5e-4 a rounding
@@ -22,15 +27,28 @@ HALF_TOLERANCE = 2e-2  # float16 keeps 11 bits, 5e-4 a rounding
 
 @pytest.fixture(scope="module")
 def full_size():
-    return build_model(read_model_config(ROOT / "configs/train_dreambooth_sd_v2.yaml"))
+    return build_model(read_model_config(CONFIG))
+
+
+def official_table() -> dict[str, tuple[int, ...]]:
+    table = gzip.decompress((Path(__file__).parent / "data/sd_v2_base_parameters.tsv.gz").read_bytes()).decode()
+    rows = [line.split("\t") for line in table.splitlines()[1:]]
+    assert len(rows) == 1214
+    return {name: tuple(map(int, shape.split(","))) for name, shape in rows}
 
 
 def test_full_size_names_and_shapes_are_the_official_ones(full_size):
-    table = gzip.decompress((Path(__file__).parent / "data/sd_v2_base_parameters.tsv.gz").read_bytes()).decode()
-    rows = [line.split("\t") for line in table.splitlines()[1:]]
-    official = {name: tuple(map(int, shape.split(","))) for name, shape in rows}
-    assert len(official) == 1214
-    assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official
+    assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official_table()
+
+
+def test_building_the_trainer_renames_nothing(tmp_path, full_size):
+    options = TrainOptions(instance_prompt="a sks dog", class_prompt="a dog", gradient_accumulation_steps=2, use_ema=True)
+    pictures = write_pictures(tmp_path, 2)
+    with no_init_parameters():  # moments and averages of a billion parameters, without their memory
+        trainer = Trainer(full_size, read_model_config(CONFIG), options, DreamBoothData(pictures, pictures, 1, 512, False, 0))
+    assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official_table()
+    trained = {p.name for p in trainer.parameters}
+    assert trained == {name for name in official_table() if not name.startswith("first_stage_model.")}
 
 
 def inputs(config, batch, seed=0):

@@ -1,0 +1,74 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from ldm import runtime
+
+KEYS = ("GLOG_v", "ONEDNN_MAX_CPU_ISA", "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH")
+
+
+def environment_after(code: str, **given) -> dict:
+    """What a fresh process has in its environment after `import ldm` and `code`."""
+    clean = {name: value for name, value in os.environ.items() if name not in (*KEYS, "MS_OM_PATH")}
+    program = f"import json, os\nfrom ldm import runtime\n{code}\nprint(json.dumps(dict(os.environ)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=clean | given, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_environment_is_set_but_never_over_the_users_own_setting():
+    own = environment_after("", GLOG_v="1", ONEDNN_MAX_CPU_ISA="AVX512_CORE")
+    assert own["GLOG_v"] == "1" and own["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE"
+    found = environment_after("")
+    assert found["GLOG_v"] == "3"
+    assert found.get("ONEDNN_MAX_CPU_ISA") == ("AVX2" if runtime._has_avx512() else None)
+
+
+def test_importing_the_options_does_not_import_mindspore():
+    program = "import sys, ldm.options, ldm.images, ldm.data, ldm.runtime; sys.exit('mindspore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_compile_cache_is_keyed_locked_and_put_where_the_user_says(tmp_path):
+    def folder(*facts):
+        return environment_after(f"runtime.enable_compile_cache(*{facts!r})", MS_COMPILER_CACHE_PATH=str(tmp_path))[
+            "MS_COMPILER_CACHE_PATH"
+        ]
+
+    assert folder("train", 1) == folder("train", 1) != folder("train", 2)
+    assert folder("train", 1).startswith(f"{tmp_path}{os.sep}")
+    nested = (
+        "runtime.enable_compile_cache('a')\nimport subprocess, sys\n"
+        'code = \'from ldm import runtime; import os; runtime.enable_compile_cache("a"); print(os.environ["MS_COMPILER_CACHE_ENABLE"])\'\n'
+        f"env = os.environ | {{'MS_COMPILER_CACHE_PATH': {str(tmp_path)!r}}}\n"
+        "os.environ['SECOND'] = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True).stdout.strip()"
+    )
+    found = environment_after(nested, MS_COMPILER_CACHE_PATH=str(tmp_path))
+    assert (found["MS_COMPILER_CACHE_ENABLE"], found["SECOND"]) == ("1", "0")
+
+
+def test_an_unwritable_cache_folder_is_no_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    found = environment_after("runtime.enable_compile_cache('a')", MS_COMPILER_CACHE_PATH=str(tmp_path / "file"))
+    assert found["MS_COMPILER_CACHE_ENABLE"] == "0"
+
+
+def test_log_lines_go_to_the_file_too(tmp_path, capsys):
+    before = logging.getLogger().handlers[:]
+    try:
+        runtime.start_logging("INFO", tmp_path / "train.log")
+        logging.getLogger("x").info("hello")
+        logging.getLogger("x").debug("hidden")
+    finally:
+        logging.getLogger().handlers[:] = before
+    text = (tmp_path / "train.log").read_text()
+    assert "INFO hello" in text and "hidden" not in text and "hello" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="no Ascend device"):
+        runtime.start_device("Ascend", 0)
