@@ -85,9 +85,16 @@ def save_image(array: np.ndarray, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)
-        os.link(partial, path)  # unlike a rename, never over a file that is there
+        try:
+            os.link(partial, path)  # unlike a rename, never over a file that is there
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if path.exists():
+                raise FileExistsError(f"{path}: exists already") from None
+            os.replace(partial, path)
     finally:
-        os.unlink(partial)
+        Path(partial).unlink(missing_ok=True)
 
 
 def free_path(folder: Path, stem: str, suffix: str = ".png", start: int = 0) -> Path:

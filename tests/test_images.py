@@ -106,6 +106,18 @@ def test_saving_never_overwrites_and_leaves_nothing_half(tmp_path):
     assert images.free_path(tmp_path, "x").name == "x00000.png"
 
 
+def test_saving_on_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def no_link(*_):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(images.os, "link", no_link)
+    array = np.zeros((2, 2, 3), np.uint8)
+    images.save_image(array, tmp_path / "a.png")
+    with pytest.raises(FileExistsError):
+        images.save_image(array, tmp_path / "a.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
 def test_grid():
     sheet = images.grid(np.stack([np.full((2, 3, 3), v, np.uint8) for v in (1, 2, 3)]), columns=2, padding=1)
     assert sheet.shape == (7, 9, 3)
