@@ -1,0 +1,80 @@
+"""The work-arounds against PyTorch's own operators: equal values and gradients."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from mindspore import nn, ops
+
+from ldm.models.layers import AddPerChannel, SoftmaxAttention, gelu, upsample_nearest
+
+
+class Function(nn.Cell):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def construct(self, x):
+        return self.function(x)
+
+
+class Gradients(nn.Cell):
+    """Gradients of a cell with respect to all its inputs; the last argument weights its output."""
+
+    def __init__(self, cell) -> None:
+        super().__init__()
+        self.cell = cell
+        self.gradient = ops.GradOperation(get_all=True, sens_param=True)
+
+    def construct(self, *inputs_and_weight):
+        return self.gradient(self.cell)(*inputs_and_weight)
+
+
+def compare(cell, reference, *shapes, tolerance=2e-6):
+    """Values and gradients of a cell and of a PyTorch function on random inputs."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    tensors = [torch.from_numpy(array).requires_grad_() for array in inputs]
+    theirs = reference(*tensors)
+    weight = rng.standard_normal(theirs.shape).astype(np.float32)
+    theirs.backward(torch.from_numpy(weight))
+    ours = cell(*map(ms.Tensor, inputs))
+    gradients = Gradients(cell)(*map(ms.Tensor, inputs), ms.Tensor(weight))
+    assert relative_error(ours.asnumpy(), theirs) <= tolerance
+    assert len(gradients) == len(tensors)
+    for gradient, tensor in zip(gradients, tensors):
+        assert relative_error(gradient.asnumpy(), tensor.grad) <= tolerance
+
+
+def test_gelu():
+    compare(Function(gelu), torch.nn.functional.gelu, (3, 5, 40))
+
+
+def test_upsample_nearest():
+    compare(Function(upsample_nearest), lambda x: torch.nn.functional.interpolate(x, scale_factor=2.0), (2, 3, 4, 5))
+
+
+def test_add_per_channel():
+    compare(AddPerChannel(), lambda x, vector: x + vector[:, :, None, None], (2, 3, 4, 5), (2, 3))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 30, 4 * 2 * 3 * 8 * 20], ids=["whole", "in_chunks"])
+def test_attention(chunk_bytes):
+    cell = SoftmaxAttention(chunk_bytes=chunk_bytes)
+    q, k = ms.Tensor(np.zeros((2, 3, 32, 8), np.float32)), ms.Tensor(np.zeros((2, 3, 20, 8), np.float32))
+    assert cell.chunks(q, k) == (1 if chunk_bytes > 1e6 else 4)
+    compare(
+        cell,
+        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0),
+        (2, 3, 32, 8),
+        (2, 3, 20, 8),
+        (2, 3, 20, 8),
+    )
+
+
+def test_causal_attention():
+    def reference(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+
+    compare(SoftmaxAttention(causal=True, length=11), reference, (2, 3, 11, 8), (2, 3, 11, 8), (2, 3, 11, 8))
