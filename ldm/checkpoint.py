@@ -49,7 +49,7 @@ def load_weights(net: nn.Cell, weights: Mapping[str, np.ndarray], source: str) -
     Raises:
         ValueError: names are missing, unknown or of another shape, or a value is not finite; with counts and examples.
     """
-    parameters = {parameter.name: parameter for parameter in net.get_parameters()}
+    parameters = weights_of(net)
     missing, extra = parameters.keys() - weights.keys(), weights.keys() - parameters.keys()
     shapes = {
         f"{name} {tuple(weights[name].shape)} instead of {tuple(parameter.shape)}"

@@ -218,7 +218,8 @@ def _make_parser(cls) -> argparse.ArgumentParser:
     groups = {}
     for spec in dataclasses.fields(cls):
         meta = spec.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]) if meta["group"] not in groups else None)
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
         default = "none" if spec.default is None else " ".join(map(str, spec.default)) if isinstance(spec.default, tuple) else spec.default
         choices = f" {{{','.join(map(str, meta['choices']))}}}" if meta["choices"] else ""
         text = f"{meta['text']}{choices} [{default}]" if not meta["text"].endswith("]") else meta["text"]
@@ -227,18 +228,18 @@ def _make_parser(cls) -> argparse.ArgumentParser:
             extra = {"metavar": "BOOL", "nargs": "?", "const": "True"}
         elif isinstance(spec.default, tuple):
             extra = {"metavar": "VALUE", "nargs": "+"}
-        group.add_argument(f"--{spec.name}", *meta["aliases"], dest=spec.name, help=text.replace("%", "%%"), **extra)
+        groups[meta["group"]].add_argument(f"--{spec.name}", *meta["aliases"], dest=spec.name, help=text.replace("%", "%%"), **extra)
     return parser
 
 
 def _collect(cls, given: dict, source: str) -> dict:
     """`given` converted to the types of `cls`; a key that `cls` lacks is an error."""
     specs = {spec.name: spec for spec in dataclasses.fields(cls)}
-    names = dict.fromkeys(specs)
+    names = {name: name for name in specs}
     names |= {alias.lstrip("-"): spec.name for spec in specs.values() for alias in spec.metadata["aliases"] if alias.startswith("--")}
     result = {}
     for key, value in given.items():
-        name = names[key] or key if key in names else None
+        name = names.get(key)
         if name is None:
             raise ConfigError(f"{source}: unknown option {key}{nearest(str(key), list(names))}")
         if name == "log_level" and isinstance(value, str):

@@ -1,7 +1,7 @@
 """The process around the networks: environment, device, compile cache, logging. The one place for os.environ.
 
 `prepare_environment` runs on `import ldm`, since some variables count only before mindspore is imported; mindspore
-itself is imported by `start`, so that --help and a typing error need not wait for it.
+itself is imported by `start_device`, so that --help and a typing error need not wait for it.
 """
 
 import fcntl

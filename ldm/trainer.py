@@ -5,7 +5,6 @@ writes checkpoints; it shows nothing itself but reports every update to its call
 """
 
 import json
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -27,7 +26,6 @@ from ldm.options import TrainOptions
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 _scale = ops.MultitypeFuncGraph("scale")
 _add_to = ops.MultitypeFuncGraph("add_to")

@@ -85,13 +85,6 @@ class LayerNorm(nn.Cell):
         return self.norm(x.astype(ms.float32), self.gamma, self.beta)[0].astype(x.dtype)
 
 
-class SiLU(nn.Cell):
-    """x * sigmoid(x)."""
-
-    def construct(self, x):
-        return ops.silu(x)
-
-
 def gelu(x):
     """Exact GELU (Hendrycks & Gimpel 2016)."""
     # ops.gelu divides, and RealDiv keeps 16 bytes per element for good on CPU: 5.6 GB at (4, 2048, 2048). Same values.

@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 
 from ldm.config import UNetConfig
 from ldm.models.attention import SpatialTransformer
-from ldm.models.layers import AddPerChannel, Conv2d, Dense, GroupNorm, SiLU, upsample_nearest
+from ldm.models.layers import AddPerChannel, Conv2d, Dense, GroupNorm, upsample_nearest
 
 
 class Conv(nn.Cell):
@@ -51,7 +51,7 @@ class ResBlock(nn.Cell):
         super().__init__()
         self.in_layers_norm = GroupNorm(groups, in_channels, epsilon=1e-5)
         self.in_layers_conv = Conv(in_channels, out_channels, dtype=dtype)
-        self.emb_layers = nn.SequentialCell(SiLU(), Dense(emb_channels, out_channels, dtype=dtype))
+        self.emb_layers = nn.SequentialCell(nn.SiLU(), Dense(emb_channels, out_channels, dtype=dtype))
         self.out_layers_norm = GroupNorm(groups, out_channels, epsilon=1e-5)
         self.out_layers_conv = Conv(out_channels, out_channels, dtype=dtype)
         self.dropout = nn.Dropout(p=dropout)
@@ -90,7 +90,9 @@ class UNetModel(nn.Cell):
         emb_channels = 4 * width
         half = width // 2
         self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / half)[None].astype(np.float32))
-        self.time_embed = nn.SequentialCell(Dense(width, emb_channels, dtype=dtype), SiLU(), Dense(emb_channels, emb_channels, dtype=dtype))
+        self.time_embed = nn.SequentialCell(
+            Dense(width, emb_channels, dtype=dtype), nn.SiLU(), Dense(emb_channels, emb_channels, dtype=dtype)
+        )
 
         def res_block(in_channels, out_channels):
             return ResBlock(in_channels, out_channels, emb_channels, config.norm_groups, config.dropout, dtype)
@@ -129,7 +131,7 @@ class UNetModel(nn.Cell):
         self.output_blocks = nn.CellList(output_blocks)
 
         self.out = nn.SequentialCell(
-            GroupNorm(config.norm_groups, channels, epsilon=1e-5), SiLU(), Conv(channels, config.out_channels, dtype=dtype)
+            GroupNorm(config.norm_groups, channels, epsilon=1e-5), nn.SiLU(), Conv(channels, config.out_channels, dtype=dtype)
         )
 
     def construct(self, x_t, t, context):
