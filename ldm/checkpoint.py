@@ -8,20 +8,15 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 from mindspore import nn
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+
+from ldm.weight_files import CKPT_DTYPES, WeightFile, write_ckpt
 
 logger = logging.getLogger(__name__)
 
 
-def is_safetensors(path: Path) -> bool:
-    """Whether the content (not the name) is safetensors: a header length of 8 bytes, then a JSON object."""
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
-
-
-def read_checkpoint(path: Path) -> dict[str, np.ndarray]:
-    """Parameter name to array, from a MindSpore .ckpt or a safetensors file.
+def read_checkpoint(path: Path) -> Mapping[str, np.ndarray]:
+    """Parameter name to array, from a MindSpore .ckpt or a safetensors file; an array is read when it is asked for.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -31,10 +26,8 @@ def read_checkpoint(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path}: no such file; see models/README.md for where to get it")
     try:
-        if is_safetensors(path):
-            return load_file(path)
-        return {name: parameter.asnumpy() for name, parameter in ms.load_checkpoint(str(path)).items()}
-    except Exception as error:  # the readers raise whatever the damage leads to
+        return WeightFile(path)
+    except ValueError as error:
         raise ValueError(f"{path}: not a readable .ckpt or .safetensors file ({str(error).splitlines()[0]}); get it anew") from None
 
 
@@ -44,51 +37,82 @@ def _examples(names) -> str:
 
 
 def load_weights(net: nn.Cell, weights: Mapping[str, np.ndarray], source: str) -> None:
-    """Fill every parameter of `net` from `weights`, cast to the parameter's dtype; all or nothing.
+    """Fill every parameter of `net` from `weights`, cast to the parameter's dtype; all or nothing. Asks twice for each array, in turn.
 
     Raises:
-        ValueError: names are missing, unknown or of another shape, or a value is not finite; with counts and examples.
+        ValueError: names are missing or unknown, or an array is of another shape, no float array or not finite; with counts and examples.
     """
     parameters = weights_of(net)
     missing, extra = parameters.keys() - weights.keys(), weights.keys() - parameters.keys()
-    shapes = {
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(parameter.shape)}"
-        for name, parameter in parameters.items()
-        if name in weights and tuple(weights[name].shape) != tuple(parameter.shape)
+    shapes, kinds, infinite = [], [], []
+    for name, parameter in parameters.items():
+        if name in missing:
+            continue
+        values = weights[name]
+        if values.shape != tuple(parameter.shape):
+            shapes.append(f"{name} {values.shape} instead of {tuple(parameter.shape)}")
+        elif values.dtype.kind != "f":
+            kinds.append(f"{name} {values.dtype}")
+        elif not _is_finite(_cast(values, parameter)):
+            infinite.append(name)
+    wrong = {
+        "missing": missing,
+        "not of this model": extra,
+        "of another shape": shapes,
+        "not of floats": kinds,
+        "with NaN or Inf": infinite,
     }
-    infinite = {name for name in parameters.keys() & weights.keys() if not np.isfinite(weights[name]).all()}
-    wrong = {"missing": missing, "not of this model": extra, "of another shape": shapes, "with NaN or Inf": infinite}
     found = "; ".join(f"{what}: {_examples(names)}" for what, names in wrong.items() if names)
     if found:
         raise ValueError(f"{source}: does not fit the model configuration, parameters {found}; is it the right pair of files?")
     for name, parameter in parameters.items():
-        values = weights[name].astype(ms.dtype_to_nptype(parameter.dtype), copy=False)
-        parameter.set_data(ms.Tensor(values))
+        parameter.set_data(ms.Tensor(_cast(weights[name], parameter)))
     logger.info("%s: %d parameters, %.1fM values", source, len(parameters), sum(p.size for p in parameters.values()) / 1e6)
 
 
+def _cast(values: np.ndarray, parameter: ms.Parameter) -> np.ndarray:
+    with np.errstate(over="ignore"):  # to Inf, which is then found
+        return values.astype(CKPT_DTYPES[str(parameter.dtype)], copy=False)
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Without an array of booleans: no sum in float64 of finite float32 values overflows, and NaN and Inf stay."""
+    with np.errstate(invalid="ignore"):  # Inf - Inf
+        return bool(np.isfinite(values.sum(dtype=np.float64)))
+
+
 def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path) -> None:
-    """Write a checkpoint, .ckpt (MindSpore) or .safetensors by its suffix, under a temporary name that is then renamed."""
+    """Write a checkpoint, .ckpt (MindSpore) or .safetensors by its suffix, under a temporary name that is then renamed.
+
+    Raises:
+        ValueError: a value is no array, or of a dtype that cannot be stored.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         if path.suffix == ".safetensors":
-            save_file({name: np.ascontiguousarray(_array(value)) for name, value in weights.items()}, partial)
+            save_file({name: np.asarray(_array(value), order="C") for name, value in weights.items()}, partial)
         else:
-            entries = [
-                {"name": name, "data": value if isinstance(value, ms.Tensor) else ms.Tensor(value)} for name, value in weights.items()
-            ]
-            ms.save_checkpoint(entries, str(partial))
-        os.chmod(partial, 0o644)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+            with open(partial, "wb") as file:
+                write_ckpt(file, ((name, _array(value)) for name, value in weights.items()))
+        _to_disk(partial)
         os.replace(partial, path)
+        _to_disk(path.parent)  # the new name, too, is to outlive a power cut
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _array(value) -> np.ndarray:
-    return value.asnumpy() if isinstance(value, ms.Tensor) else value
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _array(value: np.ndarray | ms.Tensor) -> np.ndarray:
+    """On a CPU a tensor's own memory, no copy."""
+    return value.asnumpy() if isinstance(value, ms.Tensor) else np.asarray(value)
 
 
 def weights_of(net: nn.Cell) -> dict[str, ms.Tensor]:

@@ -30,7 +30,8 @@ def convert(source: Path, target: Path, config_file: Path, half: bool) -> None:
     else:
         weights = checkpoint.read_checkpoint(source)
     checkpoint.load_weights(model, weights, str(source))  # strict
-    weights = {name: value.astype(np.float16 if half else np.float32) for name, value in weights.items()}
+    dtype = np.float16 if half else np.float32
+    weights = {name: value.asnumpy().astype(dtype, copy=False) for name, value in checkpoint.weights_of(model).items()}
     if source.is_dir():
         checkpoint.save_weights(weights, target)
     else:

@@ -5,7 +5,7 @@ import ast
 from conftest import ROOT
 
 ROWS = [
-    {"config", "runtime", "images", "tokenizer"},
+    {"config", "runtime", "images", "tokenizer", "weight_files"},
     {"options", "schedule", "models.layers"},
     {"models.attention", "models.autoencoder", "models.text_encoder", "samplers"},
     {"models.unet"},
