@@ -21,11 +21,17 @@ def environment_after(code: str, **given) -> dict:
 
 
 def test_the_environment_is_set_but_never_over_the_users_own_setting():
-    own = environment_after("", GLOG_v="1", ONEDNN_MAX_CPU_ISA="AVX512_CORE")
-    assert own["GLOG_v"] == "1" and own["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE"
-    found = environment_after("")
-    assert found["GLOG_v"] == "3"
-    assert found.get("ONEDNN_MAX_CPU_ISA") == ("AVX2" if runtime._has_avx512() else None)
+    assert environment_after("", GLOG_v="1")["GLOG_v"] == "1"
+    assert environment_after("")["GLOG_v"] == "3"
+
+
+@pytest.mark.parametrize("has_avx512", [True, False])
+def test_the_slow_convolution_is_avoided_where_it_would_be_slow(monkeypatch, has_avx512):
+    monkeypatch.setattr(runtime, "_has_avx512", lambda: has_avx512)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert runtime.onednn_convolves_slowly() == has_avx512
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2")
+    assert not runtime.onednn_convolves_slowly()
 
 
 def test_importing_the_options_does_not_import_mindspore():

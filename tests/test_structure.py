@@ -6,7 +6,8 @@ from conftest import ROOT
 
 ROWS = [
     {"config", "runtime", "images", "tokenizer", "weight_files"},
-    {"options", "schedule", "models.layers"},
+    {"options", "schedule", "models.kernels"},
+    {"models.layers"},
     {"models.attention", "models.autoencoder", "models.text_encoder", "samplers"},
     {"models.unet"},
     {"models.latent_diffusion", "data", "optim", "convert", "checkpoint"},

@@ -6,7 +6,8 @@ Attribute names are the checkpoint's parameter names.
 import mindspore as ms
 from mindspore import nn, ops
 
-from ldm.models.layers import Attention, Dense, GroupNorm, LayerNorm, gelu
+from ldm.models.kernels import gelu
+from ldm.models.layers import Attention, Dense, GroupNorm, LayerNorm
 
 
 class CrossAttention(nn.Cell):

@@ -5,7 +5,8 @@ import numpy as np
 from mindspore import nn, ops
 
 from ldm.config import AutoencoderConfig
-from ldm.models.layers import Attention, Conv2d, GroupNorm, upsample_nearest
+from ldm.models.kernels import upsample_nearest
+from ldm.models.layers import Attention, Conv2d, GroupNorm
 
 EPSILON = 1e-6  # of every norm in the VAE
 

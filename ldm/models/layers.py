@@ -1,4 +1,4 @@
-"""Layers shared by the three networks, and every work-around for a slow or leaking kernel.
+"""Layers shared by the three networks. What they compute on a CPU is in `kernels`, with the reasons.
 
 A layer takes the compute dtype when it is made: its weights stay float32 and are cast where they are used. Norms and
 softmax compute in float32 and answer in the dtype they were given.
@@ -7,11 +7,15 @@ softmax compute in float32 and answer in the dtype they were given.
 import math
 
 import mindspore as ms
-import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
-INV_SQRT2 = 0.5**0.5
+from ldm import runtime
+from ldm.models.kernels import AddBias, MatmulConv, Normalise, ScaleAndShift, SoftmaxAttention
+
+
+def _on_cpu() -> bool:
+    return ms.get_context("device_target") == "CPU"
 
 
 def _weight(*shape: int) -> Parameter:
@@ -33,7 +37,7 @@ class Dense(nn.Cell):
         if has_bias:
             self.bias = _bias(out_channels)
         self.matmul = ops.MatMul(transpose_b=True)
-        self.bias_add = ops.BiasAdd()
+        self.bias_add = AddBias() if _on_cpu() else ops.BiasAdd()
 
     def construct(self, x):
         y = self.matmul(x.astype(self.dtype).reshape(-1, self.in_channels), self.weight.astype(self.dtype))
@@ -50,11 +54,25 @@ class Conv2d(nn.Cell):
         self.dtype = dtype
         self.weight = _weight(out_channels, in_channels, kernel, kernel)
         self.bias = _bias(out_channels)
-        self.conv2d = ops.Conv2D(out_channels, kernel, pad_mode="pad", pad=padding, stride=stride)
+        self.by_matmul = kernel == 3 and _on_cpu() and runtime.onednn_convolves_slowly()
+        self.pads_first = self.by_matmul and isinstance(padding, tuple)
+        if self.by_matmul:
+            if self.pads_first:
+                top, bottom, left, right = padding
+                self.pad = ops.Pad(((0, 0), (0, 0), (top, bottom), (left, right)))
+            self.conv2d = MatmulConv(out_channels, stride, 0 if self.pads_first else padding)
+        else:
+            self.conv2d = ops.Conv2D(out_channels, kernel, pad_mode="pad", pad=padding, stride=stride)
         self.bias_add = ops.BiasAdd()
 
     def construct(self, x):
-        y = self.conv2d(x.astype(self.dtype), self.weight.astype(self.dtype))
+        x, weight = x.astype(self.dtype), self.weight.astype(self.dtype)
+        if self.pads_first:
+            x = self.pad(x)
+        if self.by_matmul:  # float16 values, float32 sums, as an accelerator has them
+            y = self.conv2d(x.astype(ms.float32), weight.astype(ms.float32)).astype(self.dtype)
+        else:
+            y = self.conv2d(x, weight)
         return self.bias_add(y, self.bias.astype(self.dtype))
 
 
@@ -66,9 +84,18 @@ class GroupNorm(nn.Cell):
         self.groups, self.epsilon = groups, epsilon
         self.gamma = Parameter(initializer("ones", (channels,), ms.float32), name="gamma")
         self.beta = Parameter(initializer("zeros", (channels,), ms.float32), name="beta")
+        self.on_cpu = _on_cpu()
+        if self.on_cpu:
+            self.normalise, self.scale_and_shift = Normalise(epsilon), ScaleAndShift()
 
     def construct(self, x):
-        y = ops.group_norm(x.astype(ms.float32), self.groups, self.gamma, self.beta, self.epsilon)
+        y = x.astype(ms.float32)
+        if self.on_cpu:
+            batch, channels, height, width = x.shape
+            y = self.normalise(y.reshape(1, batch * self.groups, channels // self.groups * height, width))[0]
+            y = self.scale_and_shift(y.reshape(x.shape), self.gamma, self.beta)
+        else:
+            y = ops.group_norm(y, self.groups, self.gamma, self.beta, self.epsilon)
         return y.astype(x.dtype)
 
 
@@ -77,107 +104,22 @@ class LayerNorm(nn.Cell):
 
     def __init__(self, channels: int, epsilon: float = 1e-5) -> None:
         super().__init__()
+        self.channels = channels
         self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=epsilon)
         self.gamma = Parameter(initializer("ones", (channels,), ms.float32), name="gamma")
         self.beta = Parameter(initializer("zeros", (channels,), ms.float32), name="beta")
+        self.on_cpu = _on_cpu()
+        if self.on_cpu:
+            self.normalise, self.scale_and_shift = Normalise(epsilon), ScaleAndShift()
 
     def construct(self, x):
-        return self.norm(x.astype(ms.float32), self.gamma, self.beta)[0].astype(x.dtype)
-
-
-def gelu(x):
-    """Exact GELU (Hendrycks & Gimpel 2016)."""
-    # ops.gelu divides, and RealDiv keeps 16 bytes per element for good on CPU: 5.6 GB at (4, 2048, 2048). Same values.
-    return x * (ops.erf(x * INV_SQRT2) * 0.5 + 0.5)
-
-
-class AddPerChannel(nn.Cell):
-    """(B, C, H, W) + (B, C): a vector for each sample, added at every place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bias_add = ops.BiasAdd()
-
-    def construct(self, x, vector):
-        # A broadcasting Add keeps an index table of 16 bytes per element for good on CPU; BiasAdd keeps none. Same values.
-        batch, channels, height, width = x.shape
-        joined = self.bias_add(x.reshape(1, batch * channels, height, width), vector.reshape(-1))
-        return joined.reshape(batch, channels, height, width)
-
-
-def upsample_nearest(x):
-    """(B, C, H, W) to (B, C, 2H, 2W), each value four times."""
-    # 20 ms against 43 for ops.interpolate at (2, 640, 32, 32) on CPU, forward + backward 76 against 145. Same values.
-    batch, channels, height, width = x.shape
-    wide = ops.broadcast_to(x.reshape(batch, channels, height, 1, width, 1), (batch, channels, height, 2, width, 2))
-    return wide.reshape(batch, channels, 2 * height, 2 * width)
-
-
-class SoftmaxAttention(nn.Cell):
-    """softmax(q k^T + mask) v on (B, heads, N, d), with the softmax in float32 and a backward pass of its own.
-
-    The backward pass recomputes the probabilities, chunk by chunk over the queries, and never keeps (heads, N, M). The
-    gradient of a softmax subtracts a column, D = rowsum(dO * O), and a broadcasting subtraction keeps 16 bytes for each
-    score for good on CPU; here it rides in a matrix product: dO V^T - D = [dO, -D] [V, 1]^T. Measured on 2 cores with
-    AVX-512, (2, 5, 4096, 64), forward + backward: 0.82 s and 1.9 GB against 1.5 s and 5.7 GB with MindSpore's gradient.
-
-    Args:
-        chunk_bytes: the scores of a chunk take at most this (float32), as far as halving the queries gets there.
-        causal, length: position i of `length` sees positions 0 to i only.
-    """
-
-    def __init__(self, causal: bool = False, length: int = 0, chunk_bytes: int = 64 << 20) -> None:
-        super().__init__()
-        self.chunk_bytes, self.causal = chunk_bytes, causal
-        if causal:
-            self.mask = Tensor(np.triu(np.full((1, 1, length, length), np.finfo(np.float32).min), 1))
-        # Primitives made here: their functional forms do not compile inside a bprop.
-        self.times_transposed = ops.BatchMatMul(transpose_b=True)
-        self.transposed_times = ops.BatchMatMul(transpose_a=True)
-        self.times = ops.BatchMatMul()
-        self.softmax = ops.Softmax(-1)
-        self.join_columns, self.join_rows = ops.Concat(-1), ops.Concat(2)
-        self.row_sum = ops.ReduceSum(keep_dims=True)
-        self.ones_like = ops.OnesLike()
-        self.zeros_like = ops.ZerosLike()
-
-    def chunks(self, q, k):
-        """The number of equal chunks that the queries are cut into."""
-        count = 1
-        scores = 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-        while not self.causal and scores > count * self.chunk_bytes and q.shape[2] % (2 * count) == 0:
-            count = 2 * count
-        return count
-
-    def probabilities(self, q, k):
-        scores = self.times_transposed(q, k).astype(ms.float32)
-        if self.causal:
-            scores = scores + self.mask
-        return self.softmax(scores)
-
-    def construct(self, q, k, v):
-        count = self.chunks(q, k)
-        size = q.shape[2] // count
-        outputs = ()
-        for i in range(count):
-            p = self.probabilities(q[:, :, i * size : (i + 1) * size], k)
-            outputs = outputs + (self.times(p.astype(v.dtype), v),)
-        return self.join_rows(outputs)
-
-    def bprop(self, q, k, v, out, dout):
-        count = self.chunks(q, k)
-        size = q.shape[2] // count
-        v_1 = self.join_columns((v, self.ones_like(v[:, :, :, :1])))
-        dout_d = self.join_columns((dout, -self.row_sum(dout * out, -1)))
-        dq, dk, dv = (), self.zeros_like(k), self.zeros_like(v)
-        for i in range(count):
-            start, stop = i * size, (i + 1) * size
-            p = self.probabilities(q[:, :, start:stop], k)
-            ds = (p * self.times_transposed(dout_d[:, :, start:stop], v_1).astype(ms.float32)).astype(q.dtype)
-            dq = dq + (self.times(ds, k),)
-            dk = dk + self.transposed_times(ds, q[:, :, start:stop])
-            dv = dv + self.transposed_times(p.astype(v.dtype), dout[:, :, start:stop])
-        return self.join_rows(dq), dk, dv
+        y = x.astype(ms.float32)
+        if self.on_cpu:
+            y = self.normalise(y.reshape(1, -1, self.channels, 1))[0]
+            y = self.scale_and_shift(y.reshape(-1, self.channels, 1, 1), self.gamma, self.beta).reshape(x.shape)
+        else:
+            y = self.norm(y, self.gamma, self.beta)[0]
+        return y.astype(x.dtype)
 
 
 class Attention(nn.Cell):

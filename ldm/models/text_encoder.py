@@ -8,7 +8,8 @@ from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
 from ldm.config import TextEncoderConfig
-from ldm.models.layers import Attention, Dense, LayerNorm, gelu
+from ldm.models.kernels import gelu
+from ldm.models.layers import Attention, Dense, LayerNorm
 
 
 class MultiheadAttention(nn.Cell):

@@ -12,7 +12,8 @@ from mindspore import Tensor, nn, ops
 
 from ldm.config import UNetConfig
 from ldm.models.attention import SpatialTransformer
-from ldm.models.layers import AddPerChannel, Conv2d, Dense, GroupNorm, upsample_nearest
+from ldm.models.kernels import AddPerChannel, upsample_nearest
+from ldm.models.layers import Conv2d, Dense, GroupNorm
 
 
 class Conv(nn.Cell):

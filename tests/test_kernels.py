@@ -7,7 +7,17 @@ import torch
 from conftest import relative_error
 from mindspore import nn, ops
 
-from ldm.models.layers import AddPerChannel, SoftmaxAttention, gelu, upsample_nearest
+from ldm.models.kernels import (
+    AddBias,
+    AddPerChannel,
+    MatmulConv,
+    Normalise,
+    RowSum,
+    ScaleAndShift,
+    SoftmaxAttention,
+    gelu,
+    upsample_nearest,
+)
 
 
 class Function(nn.Cell):
@@ -78,3 +88,46 @@ def test_causal_attention():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
 
     compare(SoftmaxAttention(causal=True, length=11), reference, (2, 3, 11, 8), (2, 3, 11, 8), (2, 3, 11, 8))
+
+
+def test_add_bias():
+    compare(AddBias(), lambda x, bias: x + bias, (7, 5), (5,))
+
+
+def test_row_sum():
+    compare(RowSum(), lambda x: x.sum(0), (7, 5))
+
+
+@pytest.mark.parametrize("stride, padding", [(1, 1), (2, 1), (2, 0)])
+@pytest.mark.parametrize("channels", [5, 70], ids=["batched", "by_sample"])
+@pytest.mark.parametrize("columns_bytes", [1 << 30, 2000], ids=["whole", "in_bands"])
+def test_matmul_conv(stride, padding, channels, columns_bytes):
+    cell = MatmulConv(channels, stride, padding, columns_bytes)
+
+    def reference(x, weight):
+        return torch.nn.functional.conv2d(x, weight, stride=stride, padding=padding)
+
+    shapes = (2, 3, 9 if padding == 0 else 8, 9), (channels, 3, 3, 3)
+    # sums over batch and places in another order: some last places of a float32
+    compare(cell, reference, *shapes, tolerance=5e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 4, 5), (1, 10, 7, 1)], ids=["groups", "rows"])
+def test_normalise(shape):
+    class Normalised(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normalise = Normalise(1e-5)
+
+        def construct(self, x):
+            return self.normalise(x)[0]
+
+    compare(Normalised(), lambda x: torch.nn.functional.layer_norm(x, x.shape[2:], eps=1e-5), shape, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 5), (7, 6, 1, 1)], ids=["map", "rows"])
+def test_scale_and_shift(shape):
+    def reference(x, gamma, beta):
+        return x * gamma[:, None, None] + beta[:, None, None]
+
+    compare(ScaleAndShift(), reference, shape, (6,), (6,))

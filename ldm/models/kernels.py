@@ -1,0 +1,269 @@
+"""Every work-around for a slow or leaking kernel of MindSpore's CPU back end, each with its measurement.
+
+Cells without parameters and functions; `layers` puts them behind the layers of the networks. Where two forms exist,
+`layers` chooses: other devices take MindSpore's own operators. Times are of 2 cores with AVX-512, MindSpore 2.10, in ms,
+forward / forward + backward where there are two.
+"""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.ops.operations import _grad_ops
+from mindspore.ops.operations.array_ops import Col2Im, Im2Col
+
+INV_SQRT2 = 0.5**0.5
+
+
+def gelu(x):
+    """Exact GELU (Hendrycks & Gimpel 2016)."""
+    # ops.gelu divides, and RealDiv keeps 16 bytes per element for good on CPU: 5.6 GB at (4, 2048, 2048). Same values.
+    return x * (ops.erf(x * INV_SQRT2) * 0.5 + 0.5)
+
+
+def upsample_nearest(x):
+    """(B, C, H, W) to (B, C, 2H, 2W), each value four times."""
+    # 20 ms against 43 for ops.interpolate at (2, 640, 32, 32) on CPU, forward + backward 76 against 145. Same values.
+    batch, channels, height, width = x.shape
+    wide = ops.broadcast_to(x.reshape(batch, channels, height, 1, width, 1), (batch, channels, height, 2, width, 2))
+    return wide.reshape(batch, channels, 2 * height, 2 * width)
+
+
+class AddPerChannel(nn.Cell):
+    """(B, C, H, W) + (B, C): a vector for each sample, added at every place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias_add = ops.BiasAdd()
+
+    def construct(self, x, vector):
+        # A broadcasting Add keeps an index table of 16 bytes per element for good on CPU; BiasAdd keeps none. Same values.
+        batch, channels, height, width = x.shape
+        joined = self.bias_add(x.reshape(1, batch * channels, height, width), vector.reshape(-1))
+        return joined.reshape(batch, channels, height, width)
+
+
+class RowSum(nn.Cell):
+    """(rows, columns) to (columns,): the sum over the rows."""
+
+    # As a product with ones: (8192, 2560) 3 ms, against 13 with ReduceSum and 61 with BiasAddGrad.
+    def __init__(self) -> None:
+        super().__init__()
+        self.matmul = ops.MatMul()
+
+    def construct(self, x):
+        ones = ops.ones((1, x.shape[0]), x.dtype)
+        return self.matmul(ones, x).reshape(-1)
+
+
+class AddBias(nn.Cell):
+    """(rows, columns) + (columns,), with RowSum as the gradient of the bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias_add = ops.BiasAdd()
+        self.row_sum = RowSum()
+
+    def construct(self, x, bias):
+        return self.bias_add(x, bias)
+
+    def bprop(self, x, bias, out, dout):
+        return dout, self.row_sum(dout)
+
+
+class MatmulConv(nn.Cell):
+    """Convolution of (B, C, H, W) by a 3x3 weight, as matrix products on the unfolded input (im2col).
+
+    With AVX-512 oneDNN runs this convolution and its input gradient on a reference kernel: 12,000 ms for (2, 320, 64, 64).
+    Capped to AVX2 it takes 68 / 202; this 50 / 155, and matrix products keep AVX-512. The gradient of the weight is
+    oneDNN's own, which is fast with AVX-512. Only the input is kept for the backward pass, not its nine copies.
+
+    Args:
+        channels: output channels. padding: of all four sides.
+        columns_bytes: the unfolded input is made in bands of rows that take about this at most.
+    """
+
+    def __init__(self, channels: int, stride: int, padding: int, columns_bytes: int = 256 << 20) -> None:
+        super().__init__()
+        self.channels, self.stride, self.padding, self.columns_bytes = channels, stride, padding, columns_bytes
+        self.unfold = Im2Col(ksizes=(3, 3), strides=stride, dilations=1, pads=0)
+        self.unfold_padded = Im2Col(ksizes=(3, 3), strides=stride, dilations=1, pads=padding)
+        self.fold = Col2Im(kernel_size=(3, 3), dilation=(1, 1), padding=(padding, padding), stride=(stride, stride))
+        self.weight_gradient = _grad_ops.Conv2DBackpropFilter(
+            channels, 3, pad_mode="pad", pad=padding, pad_list=(padding,) * 4, stride=(stride, stride)
+        )
+        self.matmul, self.matmul_transposed = ops.MatMul(), ops.MatMul(transpose_a=True)
+        self.batched, self.batched_transposed = ops.BatchMatMul(), ops.BatchMatMul(transpose_a=True)
+        self.pad = ops.Pad(((0, 0), (0, 0), (padding, padding), (padding, padding)))
+        self.join, self.join_rows = ops.Concat(0), ops.Concat(2)
+
+    def by_sample(self, rows, places):
+        """Whether the weight is too large to be copied for each sample, which BatchMatMul needs."""
+        return rows > places
+
+    def times(self, weight, columns):
+        """(C_out, 9 C) times (B, 9 C, places)."""
+        batch = columns.shape[0]
+        if batch == 1 or self.by_sample(weight.shape[0], columns.shape[2]):
+            outputs = ()
+            for i in range(batch):
+                outputs = outputs + (self.matmul(weight, columns[i]).reshape(1, weight.shape[0], -1),)
+            return self.join(outputs) if batch > 1 else outputs[0]
+        return self.batched(ops.broadcast_to(weight.reshape((1,) + weight.shape), (batch,) + weight.shape), columns)
+
+    def transposed_times(self, weight, y):
+        """(C_out, 9 C) transposed, times (B, C_out, places)."""
+        batch = y.shape[0]
+        if batch == 1 or self.by_sample(weight.shape[0], y.shape[2]):
+            outputs = ()
+            for i in range(batch):
+                outputs = outputs + (self.matmul_transposed(weight, y[i]).reshape(1, weight.shape[1], -1),)
+            return self.join(outputs) if batch > 1 else outputs[0]
+        return self.batched_transposed(ops.broadcast_to(weight.reshape((1,) + weight.shape), (batch,) + weight.shape), y)
+
+    def construct(self, x, weight):
+        batch, channels, height, width = x.shape
+        flat = weight.reshape(self.channels, -1)
+        out_height = (height + 2 * self.padding - 3) // self.stride + 1
+        out_width = (width + 2 * self.padding - 3) // self.stride + 1
+        bands = 1
+        while 36 * batch * channels * out_height * out_width > bands * self.columns_bytes and out_height % (2 * bands) == 0:
+            bands = 2 * bands
+        if bands == 1:
+            columns = self.unfold_padded(x).reshape(batch, 9 * channels, -1)
+            return self.times(flat, columns).reshape(batch, self.channels, out_height, out_width)
+        x = self.pad(x)
+        rows = out_height // bands
+        outputs = ()
+        for i in range(bands):
+            start = i * rows * self.stride
+            band = x[:, :, start : start + (rows - 1) * self.stride + 3]
+            y = self.times(flat, self.unfold(band).reshape(batch, 9 * channels, -1))
+            outputs = outputs + (y.reshape(batch, self.channels, rows, out_width),)
+        return self.join_rows(outputs)
+
+    def bprop(self, x, weight, out, dout):
+        batch, channels, height, width = x.shape
+        d_weight = self.weight_gradient(dout, x, weight.shape)
+        columns = self.transposed_times(weight.reshape(self.channels, -1), dout.reshape(batch, self.channels, -1))
+        d_x = self.fold(columns.reshape(batch, channels, 9, -1), Tensor([height, width], ms.int32))
+        return d_x, d_weight
+
+
+class Normalise(nn.Cell):
+    """(1, rows, H, W): zero mean and unit variance in each row, with BatchNorm's training kernel.
+
+    (2, 320, 64, 64) in 64 groups 3 / 5, against 22 / 41 with nn.GroupNorm; (8192, 320) 2 / 8, against 7 / 34 with LayerNorm.
+    The gradient starts from the output y, which what follows keeps anyway: dx = rstd (dy - mean(dy) - y mean(dy y)), as
+    the kernel computes for an input y of mean 0 and variance 1 and a scale of rstd = 1 / sqrt(variance + epsilon).
+    """
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        # momentum 0: the running statistics that the kernel writes in place stay the constants that they are here
+        self.batch_norm = ops.BatchNorm(is_training=True, epsilon=epsilon, momentum=0.0)
+        self.gradient = _grad_ops.BatchNormGrad(is_training=True, epsilon=epsilon)
+        self.rsqrt, self.ones_like, self.zeros_like = ops.Rsqrt(), ops.OnesLike(), ops.ZerosLike()
+
+    def construct(self, x):
+        """The normalised rows, and rstd (rows,)."""
+        ones, zeros = ops.ones((x.shape[1],), ms.float32), ops.zeros((x.shape[1],), ms.float32)
+        y, _, _, _, variance = self.batch_norm(x, ones, zeros, zeros, ones)
+        return y, self.rsqrt(variance + self.epsilon)
+
+    def bprop(self, x, out, dout):
+        y, rstd = out
+        zeros = self.zeros_like(rstd)
+        return (self.gradient(dout[0], y, rstd, zeros, self.ones_like(rstd) - self.epsilon, zeros)[0],)
+
+
+class ScaleAndShift(nn.Cell):
+    """x * gamma + beta along axis 1 of (B, C, H, W), with BatchNorm's inference kernel: a broadcasting Mul would leak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = ops.BatchNorm(is_training=False, epsilon=1e-12)  # the variance given is 1
+        self.bias_gradient = _grad_ops.BiasAddGrad()
+        self.row_sum = RowSum()
+        self.zeros_like, self.ones_like = ops.ZerosLike(), ops.OnesLike()
+
+    def construct(self, x, gamma, beta):
+        zeros, ones = self.zeros_like(gamma), self.ones_like(gamma)
+        return self.batch_norm(x, gamma, beta, zeros, ones)[0]
+
+    def channel_sum(self, x):
+        if x.shape[2] * x.shape[3] == 1:
+            return self.row_sum(x.reshape(x.shape[0], x.shape[1]))
+        return self.bias_gradient(x)
+
+    def bprop(self, x, gamma, beta, out, dout):
+        zeros, ones = self.zeros_like(gamma), self.ones_like(gamma)
+        dx = self.batch_norm(dout, gamma, zeros, zeros, ones)[0]
+        return dx, self.channel_sum(dout * x), self.channel_sum(dout)
+
+
+class SoftmaxAttention(nn.Cell):
+    """softmax(q k^T + mask) v on (B, heads, N, d), with the softmax in float32 and a backward pass of its own.
+
+    The backward pass recomputes the probabilities, chunk by chunk over the queries, and never keeps (heads, N, M). The
+    gradient of a softmax subtracts a column, D = rowsum(dO * O), and a broadcasting subtraction keeps 16 bytes for each
+    score for good on CPU; here it rides in a matrix product: dO V^T - D = [dO, -D] [V, 1]^T. Measured on 2 cores with
+    AVX-512, (2, 5, 4096, 64), forward + backward: 0.82 s and 1.9 GB against 1.5 s and 5.7 GB with MindSpore's gradient.
+
+    Args:
+        chunk_bytes: the scores of a chunk take at most this (float32), as far as halving the queries gets there.
+        causal, length: position i of `length` sees positions 0 to i only.
+    """
+
+    def __init__(self, causal: bool = False, length: int = 0, chunk_bytes: int = 64 << 20) -> None:
+        super().__init__()
+        self.chunk_bytes, self.causal = chunk_bytes, causal
+        if causal:
+            self.mask = Tensor(np.triu(np.full((1, 1, length, length), np.finfo(np.float32).min), 1))
+        # Primitives made here: their functional forms do not compile inside a bprop.
+        self.times_transposed = ops.BatchMatMul(transpose_b=True)
+        self.transposed_times = ops.BatchMatMul(transpose_a=True)
+        self.times = ops.BatchMatMul()
+        self.softmax = ops.Softmax(-1)
+        self.join_columns, self.join_rows = ops.Concat(-1), ops.Concat(2)
+        self.row_sum = ops.ReduceSum(keep_dims=True)
+        self.ones_like = ops.OnesLike()
+        self.zeros_like = ops.ZerosLike()
+
+    def chunks(self, q, k):
+        """The number of equal chunks that the queries are cut into."""
+        count = 1
+        scores = 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+        while not self.causal and scores > count * self.chunk_bytes and q.shape[2] % (2 * count) == 0:
+            count = 2 * count
+        return count
+
+    def probabilities(self, q, k):
+        scores = self.times_transposed(q, k).astype(ms.float32)
+        if self.causal:
+            scores = scores + self.mask
+        return self.softmax(scores)
+
+    def construct(self, q, k, v):
+        count = self.chunks(q, k)
+        size = q.shape[2] // count
+        outputs = ()
+        for i in range(count):
+            p = self.probabilities(q[:, :, i * size : (i + 1) * size], k)
+            outputs = outputs + (self.times(p.astype(v.dtype), v),)
+        return self.join_rows(outputs)
+
+    def bprop(self, q, k, v, out, dout):
+        count = self.chunks(q, k)
+        size = q.shape[2] // count
+        v_1 = self.join_columns((v, self.ones_like(v[:, :, :, :1])))
+        dout_d = self.join_columns((dout, -self.row_sum(dout * out, -1)))
+        dq, dk, dv = (), self.zeros_like(k), self.zeros_like(v)
+        for i in range(count):
+            start, stop = i * size, (i + 1) * size
+            p = self.probabilities(q[:, :, start:stop], k)
+            ds = (p * self.times_transposed(dout_d[:, :, start:stop], v_1).astype(ms.float32)).astype(q.dtype)
+            dq = dq + (self.times(ds, k),)
+            dk = dk + self.transposed_times(ds, q[:, :, start:stop])
+            dv = dv + self.transposed_times(p.astype(v.dtype), dout[:, :, start:stop])
+        return self.join_rows(dq), dk, dv
