@@ -31,6 +31,23 @@ def prepare(argv: list[str] | None) -> tuple[TrainOptions, ModelConfig]:
     return options, config
 
 
+def moments_of(autoencoder, options: TrainOptions, config: ModelConfig, samples):
+    """Where the trainer gets the moments of the samples from: the latent cache, filled, or the VAE in every step."""
+    from ldm.latent_cache import Encoding, LatentCache, encoder_digest
+    from ldm.trainer import total_updates
+
+    if not options.cache_latents:
+        return Encoding(autoencoder, samples)
+    cache = LatentCache(samples, config, encoder_digest(autoencoder, config), runtime.cache_folder() / "latents")
+    found, missing = cache.load(total_updates(options, samples) * options.samples_per_update)
+    logger.info("latents: %d there, encoding %d", found, missing)
+    batch_size = options.train_batch_size * (2 if samples.class_paths else 1)
+    with tqdm(total=missing, desc="latents", unit="picture", disable=None if missing else True) as bar:
+        for count in cache.encode(autoencoder, batch_size):
+            bar.update(count)
+    return cache
+
+
 def run(options: TrainOptions, config: ModelConfig) -> None:
     # Only now: importing mindspore takes seconds, which a typing error need not wait for.
     from ldm import checkpoint, data, pipeline
@@ -46,9 +63,6 @@ def run(options: TrainOptions, config: ModelConfig) -> None:
         class_paths = pipeline.valid_class_images(class_folder)
         missing = max(0, options.num_class_images - len(class_paths))
     runtime.start_device(options.device, options.mode)
-    if options.compile_cache and options.mode == 0:
-        runtime.enable_compile_cache("train", options.graph_facts(), config, bool(missing))
-
     model = build_model(config)
     checkpoint.load_weights(model, checkpoint.read_checkpoint(options.checkpoint), str(options.checkpoint))
     if missing:
@@ -64,7 +78,15 @@ def run(options: TrainOptions, config: ModelConfig) -> None:
     samples = data.DreamBoothData(
         instance_paths, class_paths, options.train_data_repeats, options.image_size, options.random_crop, options.seed
     )
-    trainer = Trainer(model, config, options, samples)
+    moments = moments_of(model.first_stage_model, options, config, samples)
+    # Only now: the cache numbers the graphs in their order, and which ones sampling and encoding have compiled up to here depends
+    # on the class pictures and latents that were on the disk. What is compiled before this line is neither kept nor numbered.
+    # `missing` remains a fact: a frozen text encoder is not compiled again below if sampling has already done so.
+    if options.compile_cache and options.mode == 0:
+        runtime.enable_compile_cache("train", options.graph_facts(), config, bool(missing))
+    trainer = Trainer(model, config, options, samples, moments)
+    if options.cache_latents:
+        trainer.release_frozen(output)
     metrics = MetricsFile(output / "metrics.jsonl")
     trained = sum(parameter.size for parameter in trainer.parameters)
     logger.info("training %.1fM values on %d pictures: %d updates", trained / 1e6, len(instance_paths), trainer.total_steps)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -118,3 +119,23 @@ def _array(value: np.ndarray | ms.Tensor) -> np.ndarray:
 def weights_of(net: nn.Cell) -> dict[str, ms.Tensor]:
     """The parameters of a net by name."""
     return {parameter.name: parameter for parameter in net.get_parameters()}
+
+
+def spill(net: nn.Cell, folder: Path) -> dict[str, np.memmap]:
+    """Move the parameters of `net` out of memory: their values by name, in a file in `folder` that has no name and ends with the process.
+
+    Afterwards `net` is of no use.
+    """
+    places, start = {}, 0
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for name, parameter in weights_of(net).items():
+            values = np.ascontiguousarray(parameter.asnumpy())
+            file.write(values)
+            places[name] = slice(start, start + values.nbytes), values.dtype, values.shape
+            start += values.nbytes
+        file.flush()
+        content = np.memmap(file, np.uint8, "r")
+    for parameter in net.get_parameters():
+        # MindSpore holds on to the parameters of the cell that it compiled last: dropping the cell alone frees nothing.
+        parameter.set_data(ms.Tensor([0], parameter.dtype), slice_shape=True)
+    return {name: content[place].view(dtype).reshape(shape) for name, (place, dtype, shape) in places.items()}

@@ -1,7 +1,8 @@
 """Training samples: which pictures, in which order, cropped where, with which noise.
 
-Everything random follows from (seed, sample), where `sample` counts the draws of a run from 0: the same run gives the
-same samples however it is split or restarted. Knows no network.
+Everything random follows from the seed and numbers: the noise from the sample, counted from 0 over a run, the crop from
+the picture and its repeat. The same run gives the same samples however it is split or restarted, and a repeat has one crop
+in all epochs, so that a picture's crops are few enough to be encoded beforehand. Knows no network.
 """
 
 from collections.abc import Iterator
@@ -13,12 +14,12 @@ import numpy as np
 
 from ldm import images
 
-# What a random stream is for: the third part of its key, beside the seed and the sample.
+# What a random stream is for: the part of its key between the seed and the number.
 INSTANCE_CROP, CLASS_CROP, INSTANCE_NOISE, CLASS_NOISE, INSTANCE_ORDER, CLASS_ORDER, PICTURE = range(7)
 
 
 def stream(seed: int, purpose: int, index: int) -> np.random.Generator:
-    """The random numbers of one purpose and one sample."""
+    """The random numbers of one purpose and one number of it."""
     return np.random.default_rng([seed, purpose, index])
 
 
@@ -37,6 +38,9 @@ def load_instance_images(folder: Path) -> list[Path]:
     return paths
 
 
+Crop = tuple[Path, int, int]  # a picture and the top left corner of a square of it
+
+
 @dataclass(frozen=True)
 class Draw:
     """One sample: a picture to read, and where its random numbers come from."""
@@ -44,6 +48,7 @@ class Draw:
     path: Path
     sample: int
     crop_purpose: int
+    crop_number: int
     noise_purpose: int
 
 
@@ -63,6 +68,7 @@ class DreamBoothData:
         self.samples_per_epoch = len(instance_paths) * repeats
         self._order = lru_cache(maxsize=8)(self._permutation)
         self._read = lru_cache(maxsize=512)(self._resized)
+        self._corner = lru_cache(maxsize=None)(self._crop_corner)
 
     def _permutation(self, purpose: int, round_: int, length: int) -> np.ndarray:
         return stream(self.seed, purpose, round_).permutation(length)
@@ -70,24 +76,44 @@ class DreamBoothData:
     def _resized(self, path: Path) -> np.ndarray:
         return images.resize_short_side(images.read_image(path), self.size)
 
+    def _crop_corner(self, path: Path, purpose: int, number: int) -> tuple[int, int]:
+        rng = stream(self.seed, purpose, number) if self.random_crop else None
+        return images.crop_corner(self._read(path).shape, self.size, rng)
+
     def draws(self, first: int, count: int) -> list[Draw]:
         """Samples `first` to `first + count - 1`: the instance draws, then the class draws."""
         samples = range(first, first + count)
         result = []
         for sample in samples:
             epoch, place = divmod(sample, self.samples_per_epoch)
-            index = self._order(INSTANCE_ORDER, epoch, self.samples_per_epoch)[place] % len(self.instance_paths)
-            result.append(Draw(self.instance_paths[index], sample, INSTANCE_CROP, INSTANCE_NOISE))
+            repeat, index = divmod(int(self._order(INSTANCE_ORDER, epoch, self.samples_per_epoch)[place]), len(self.instance_paths))
+            result.append(Draw(self.instance_paths[index], sample, INSTANCE_CROP, index * self.repeats + repeat, INSTANCE_NOISE))
         for sample in samples if self.class_paths else ():
             round_, place = divmod(sample, len(self.class_paths))
-            index = self._order(CLASS_ORDER, round_, len(self.class_paths))[place]
-            result.append(Draw(self.class_paths[index], sample, CLASS_CROP, CLASS_NOISE))
+            index = int(self._order(CLASS_ORDER, round_, len(self.class_paths))[place])
+            result.append(Draw(self.class_paths[index], sample, CLASS_CROP, index, CLASS_NOISE))
         return result
+
+    def crop(self, draw: Draw) -> Crop:
+        """Where a draw is cropped: at the centre, or with `random_crop` where its repeat is in every epoch."""
+        return draw.path, *self._corner(draw.path, draw.crop_purpose, draw.crop_number)
+
+    def crops(self, count: int) -> list[Crop]:
+        """The distinct crops of the first `count` samples, in the order of their first draw."""
+        return list(dict.fromkeys(self.crop(draw) for draw in self.draws(0, count)))
+
+    def square(self, crop: Crop) -> np.ndarray:
+        """(size, size, 3) uint8."""
+        path, top, left = crop
+        return self._read(path)[top : top + self.size, left : left + self.size]
 
     def pixels(self, draw: Draw) -> np.ndarray:
         """(3, size, size) float32 in [-1, 1]."""
-        rng = stream(self.seed, draw.crop_purpose, draw.sample) if self.random_crop else None
-        return images.to_pixels(images.crop(self._read(draw.path), self.size, rng))
+        return images.to_pixels(self.square(self.crop(draw)))
+
+    def forget_pictures(self) -> None:
+        """Let go of the pictures held in memory; one that is asked for again is read again."""
+        self._read.cache_clear()
 
     def noise(self, draw: Draw, shape: tuple[int, ...], timesteps: int) -> tuple[int, np.ndarray, np.ndarray]:
         """t, the noise added at t, and the noise of the VAE's posterior, both of `shape` and float32."""

@@ -59,11 +59,10 @@ def resize_short_side(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(picture if sides == list(picture.size) else picture.resize(sides, Image.LANCZOS))
 
 
-def crop(array: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """A (size, size, 3) square of an (H, W, 3) picture: at the centre, or where `rng` says."""
-    room = [side - size for side in array.shape[:2]]
-    top, left = (int(rng.integers(0, r + 1)) if rng else r // 2 for r in room)
-    return array[top : top + size, left : left + size]
+def crop_corner(shape: tuple[int, ...], size: int, rng: np.random.Generator | None = None) -> tuple[int, int]:
+    """Top and left of a square of an (H, W, ...) picture: at the centre, or where `rng` says."""
+    top, left = (int(rng.integers(0, side - size + 1)) if rng else (side - size) // 2 for side in shape[:2])
+    return top, left
 
 
 def to_pixels(array: np.ndarray) -> np.ndarray:

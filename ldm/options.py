@@ -46,6 +46,7 @@ class TrainOptions:
     output_path: str = option("output", "model", "folder for checkpoints, log and effective configuration")
 
     train_text_encoder: bool = option(True, "training", "train the text encoder too (else it is frozen)")
+    cache_latents: bool = option(True, "training", "encode the pictures once, before training; then the VAE leaves memory")
     train_batch_size: int = option(2, "training", "instance pictures a step; as many class pictures come on top", least=1)
     gradient_accumulation_steps: int = option(1, "training", "steps whose gradients are averaged for one update", least=1)
     epochs: int = option(8, "training", "passes over the repeated instance pictures", least=1)
@@ -113,6 +114,10 @@ class TrainOptions:
             for name, value in facts
             if name not in outside and not name.endswith(("_dir", "_path", "_file", "_prompt", "_config"))
         }
+
+    @property
+    def samples_per_update(self) -> int:
+        return self.train_batch_size * self.gradient_accumulation_steps
 
     @property
     def checkpoint(self) -> Path:

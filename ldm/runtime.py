@@ -4,7 +4,10 @@
 itself is imported by `start_device`, so that --help and a typing error need not wait for it.
 """
 
+import contextlib
+import ctypes
 import fcntl
+import gc
 import hashlib
 import logging
 import os
@@ -73,6 +76,7 @@ def start_device(device: str, mode: int) -> str:
     """
     import mindspore as ms
 
+    os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"  # until enable_compile_cache, whose folders are keyed as MindSpore's is not
     available = _ascend_is_available(ms)
     if device == "Ascend" and not available:
         raise ValueError("device Ascend: MindSpore finds no Ascend device here; give --device CPU or auto")
@@ -92,21 +96,32 @@ def _ascend_is_available(ms) -> bool:
         return False
 
 
+def cache_folder() -> Path:
+    """Where this program keeps what it can make again: under the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dreambooth-mindspore"
+
+
+def release_memory() -> None:
+    """Give the memory of unused objects back to the system."""
+    gc.collect()  # cells refer to each other in cycles
+    # glibc keeps what was freed, and MindSpore's own pools cannot use that: of 400 MB of freed weights none went back before.
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def enable_compile_cache(*facts) -> None:
-    """Keep this process's compiled graphs for the next start with the same code, versions and `facts`.
+    """Keep the graphs compiled from now on for the next start with the same code, versions and `facts`.
 
     MindSpore names cached graphs by the order in which they are compiled and compares only the script's own sources. So
     each combination of all that shapes the graphs or their order has a folder of its own, and of two runs that start
     together only the first uses it (the lock dies with its process). MS_COMPILER_CACHE_PATH says where; otherwise it is
     the user's cache folder.
     """
-    root = os.environ.get("MS_COMPILER_CACHE_PATH") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dreambooth-mindspore"
-    )
+    root = Path(os.environ.get("MS_COMPILER_CACHE_PATH") or cache_folder())
     digest = hashlib.sha256(repr((facts, sys.version, version("mindspore"), os.environ.get("ONEDNN_MAX_CPU_ISA"))).encode())
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
-    folder = Path(root) / digest.hexdigest()[:20]
+    folder = root / digest.hexdigest()[:20]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")

@@ -15,11 +15,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 
-from ldm.checkpoint import save_weights, weights_of
+from ldm import runtime
+from ldm.checkpoint import save_weights, spill, weights_of
 from ldm.config import ModelConfig
 from ldm.data import Draw, DreamBoothData
+from ldm.latent_cache import Moments
 from ldm.loss import DreamBoothLoss
-from ldm.models.autoencoder import Encode, posterior_sample
+from ldm.models.autoencoder import posterior_sample
 from ldm.models.latent_diffusion import LatentDiffusion
 from ldm.optim import AdamW, LearningRate, LossScale, MovingAverage
 from ldm.options import TrainOptions
@@ -156,17 +158,26 @@ class Report:
         )
 
 
-class Trainer:
-    """Fine-tunes UNet and, where asked, text encoder on DreamBoothData. The VAE is always frozen."""
+def total_updates(options: TrainOptions, data: DreamBoothData) -> int:
+    """The updates of a whole run; the last one is filled up with samples of one epoch more."""
+    return math.ceil(options.epochs * data.samples_per_epoch / options.samples_per_update)
 
-    def __init__(self, model: LatentDiffusion, config: ModelConfig, options: TrainOptions, data: DreamBoothData) -> None:
-        self.model, self.config, self.options, self.data = model, config, options, data
+
+class Trainer:
+    """Fine-tunes UNet and, where asked, text encoder on DreamBoothData. The VAE is always frozen.
+
+    Args:
+        moments: what the VAE makes of the drawn pictures, see ldm/latent_cache.py.
+    """
+
+    def __init__(self, model: LatentDiffusion, config: ModelConfig, options: TrainOptions, data: DreamBoothData, moments: Moments) -> None:
+        self.model, self.config, self.options, self.data, self.moments = model, config, options, data, moments
         self.schedule = NoiseSchedule(config.noise_schedule)
-        self.encoder = Encode(model.first_stage_model)
+        self.released: dict[str, np.ndarray] = {}
         self.global_step = 0
         self.updates_applied = 0  # without those that an overflow skipped: Adam's bias correction counts these
-        self.samples_per_update = options.train_batch_size * options.gradient_accumulation_steps
-        self.total_steps = math.ceil(options.epochs * data.samples_per_epoch / self.samples_per_update)
+        self.samples_per_update = options.samples_per_update
+        self.total_steps = total_updates(options, data)
 
         trained = [model.unet] + ([model.cond_stage_model] if options.train_text_encoder else [])
         for parameter in model.get_parameters():
@@ -200,7 +211,7 @@ class Trainer:
 
     def batch(self, draws: list[Draw]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents, text, t and noise of the given draws, instance draws first."""
-        moments = self.encoder(Tensor(np.stack([self.data.pixels(draw) for draw in draws]))).asnumpy()
+        moments = self.moments(draws)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         t, noise, posterior_noise = zip(*(self.data.noise(draw, shape, self.schedule.timesteps) for draw in draws))
         latents = posterior_sample(moments, np.stack(posterior_noise), self.config.autoencoder.scale_factor)
@@ -257,9 +268,16 @@ class Trainer:
         now = min(now, self.options.epochs) if self.global_step < self.total_steps else self.options.epochs
         return now if now > before else None
 
+    def release_frozen(self, folder: Path) -> None:
+        """Move the frozen networks, which nothing needs any more, out of memory, into a nameless file in `folder`."""
+        for name in ["first_stage_model"] + ([] if self.options.train_text_encoder else ["cond_stage_model"]):
+            self.released |= spill(getattr(self.model, name), folder)
+            delattr(self.model, name)
+        runtime.release_memory()
+
     def save(self, folder: Path, epoch: int) -> list[Path]:
         """Write the whole model's weights, and with EMA the averaged ones beside them."""
-        weights = weights_of(self.model)
+        weights = weights_of(self.model) | self.released
         paths = [folder / f"dreambooth_epoch_{epoch}.ckpt"]
         save_weights(weights, paths[0])
         if self.average:

@@ -104,6 +104,12 @@ def write_pictures(folder: Path, count: int, seed: int = 0, size: tuple[int, int
     return paths
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory) -> None:
+    """Nothing that a test runs writes into the user's own cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(params=[SHALLOW, DEEP], ids=["shallow", "deep"])
 def config(request) -> ModelConfig:
     return request.param

@@ -80,8 +80,12 @@ def test_a_second_run_samples_nothing_and_gives_the_same_losses(place, trained):
     assert {path: path.stat().st_mtime_ns for path in (place / "classes/dog").iterdir()} == before
     assert "sampling" not in second.stderr
     assert losses(place, "again") == losses(place, "out")
+    assert "latents: 0 there, encoding 8" in trained.stderr and "latents: 8 there, encoding 0" in second.stderr
+    assert len(list((place / "cache/dreambooth-mindspore/latents").iterdir())) == 8
+    graphs = {path: path.stat().st_mtime_ns for path in (place / "cache").rglob("*.mindir")}
     third = train(place, "--output_path=cached")  # now every graph comes from the compile cache
     assert losses(place, "cached") == losses(place, "out") and "compile cache" in third.stderr
+    assert graphs and {path: path.stat().st_mtime_ns for path in (place / "cache").rglob("*.mindir")} == graphs
 
 
 def test_drawing(place, trained):

@@ -55,6 +55,32 @@ def test_random_numbers_differ_between_samples_purposes_and_seeds(folders):
     assert min(steps) < 20 and max(steps) > 980 and abs(np.mean(steps) - 499.5) < 40
 
 
+def test_a_repeat_has_one_crop_in_all_epochs_and_a_class_picture_one_for_ever(folders):
+    data = make(folders, random_crop=True)
+    epochs = [data.draws(12 * epoch, 12) for epoch in range(3)]
+    instance = [{(draw.path, draw.crop_number): data.crop(draw) for draw in draws[:12]} for draws in epochs]
+    assert instance[0] == instance[1] == instance[2] and len(instance[0]) == 12
+    assert {draw.crop_number for draw in epochs[0][:12]} == set(range(12))  # picture * repeats + repeat
+    assert all(folders[0].index(path) == number // 4 for path, number in instance[0])
+    assert len(set(instance[0].values())) > 3  # repeats of a picture differ
+    classes = {data.crop(draw) for draws in epochs for draw in draws[12:]}
+    assert len(classes) == 5
+    assert {crop for crops in instance for crop in crops.values()} | classes == set(data.crops(36)) == set(data.crops(12))
+    other = make(folders, seed=1, random_crop=True)
+    assert {other.crop(draw) for draw in other.draws(0, 12)[:12]} != set(instance[0].values())
+
+
+def test_crops_are_those_that_a_run_draws(tmp_path, folders):
+    assert len(make(folders).crops(12)) == 3 + 5  # at the centre: one a picture
+    assert len(make(folders).crops(2)) <= 4
+    square = write_pictures(tmp_path / "square", 2, size=(40, 40)), []
+    assert {(top, left) for _, top, left in make(square, random_crop=True).crops(8)} == {(0, 0)}
+    data = make(folders, random_crop=True)
+    before = [data.pixels(draw) for draw in data.draws(0, 3)]
+    data.forget_pictures()
+    assert all(np.array_equal(a, data.pixels(draw)) for a, draw in zip(before, data.draws(0, 3)))
+
+
 def test_pixels(folders):
     data = make(folders)
     pixels = data.pixels(data.draws(0, 1)[0])

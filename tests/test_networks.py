@@ -45,7 +45,7 @@ def test_building_the_trainer_renames_nothing(tmp_path, full_size):
     options = TrainOptions(instance_prompt="a sks dog", class_prompt="a dog", gradient_accumulation_steps=2, use_ema=True)
     pictures = write_pictures(tmp_path, 2)
     with no_init_parameters():  # moments and averages of a billion parameters, without their memory
-        trainer = Trainer(full_size, read_model_config(CONFIG), options, DreamBoothData(pictures, pictures, 1, 512, False, 0))
+        trainer = Trainer(full_size, read_model_config(CONFIG), options, DreamBoothData(pictures, pictures, 1, 512, False, 0), None)
     assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official_table()
     trained = {p.name for p in trainer.parameters}
     assert trained == {name for name in official_table() if not name.startswith("first_stage_model.")}

@@ -11,7 +11,7 @@ ROWS = [
     {"models.attention", "models.autoencoder", "models.text_encoder", "samplers"},
     {"models.unet"},
     {"models.latent_diffusion", "data", "optim", "convert", "checkpoint"},
-    {"loss"},
+    {"loss", "latent_cache"},
     {"pipeline", "trainer"},
 ]
 

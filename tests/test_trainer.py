@@ -11,6 +11,7 @@ from conftest import SHALLOW, in_half, random_model, torch_networks, weights_as_
 from ldm.checkpoint import read_checkpoint
 from ldm.convert import diffusers_names
 from ldm.data import DreamBoothData
+from ldm.latent_cache import Encoding
 from ldm.options import TrainOptions
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
@@ -27,6 +28,10 @@ def make_data(folder, options, with_class=True) -> DreamBoothData:
     instance = write_pictures(folder / "instance", 4, seed=1)
     classes = write_pictures(folder / "class", 7, seed=2) if with_class else []
     return DreamBoothData(instance, classes, options.train_data_repeats, options.image_size, options.random_crop, options.seed)
+
+
+def make_trainer(model, config, options, data) -> Trainer:
+    return Trainer(model, config, options, data, Encoding(model.first_stage_model, data))
 
 
 def torch_training(weights, config, options, data, steps):
@@ -83,7 +88,7 @@ def compare(tmp_path, config, options, with_class=True):
     data = make_data(tmp_path, options, with_class)
     model = random_model(config)
     before = weights_as_arrays(model)
-    trainer = Trainer(model, config, options, data)
+    trainer = make_trainer(model, config, options, data)
     assert {p.name for p in model.get_parameters()} == before.keys()  # building the trainer renames nothing
     ours = np.array([trainer.one_update()[0] for _ in range(STEPS)])
     theirs, final = torch_training(before, config, options, data, STEPS)
@@ -119,7 +124,7 @@ def test_twenty_steps_equal_pytorch(tmp_path, changes):
 def test_without_class_pictures_the_loss_is_the_instance_term(tmp_path):
     options = dataclasses.replace(OPTIONS, with_prior_preservation=False, use_ema=True, warmup_steps=3)
     data, model = make_data(tmp_path, options, with_class=False), random_model(SHALLOW)
-    trainer = Trainer(model, SHALLOW, options, data)
+    trainer = make_trainer(model, SHALLOW, options, data)
     reports = [report for report, _ in zip(trainer.run(), range(4))]
     assert all(report.loss == report.instance_loss and report.class_loss == 0 for report in reports)
     assert np.allclose([report.learning_rate for report in reports], np.array([1, 2, 3, 3]) / 3 * 1e-4)
@@ -133,7 +138,7 @@ def test_without_class_pictures_the_loss_is_the_instance_term(tmp_path):
 
 def test_steps_epochs_and_checkpoints(tmp_path):
     options = dataclasses.replace(OPTIONS, train_batch_size=3, train_data_repeats=2, epochs=3)
-    trainer = Trainer(random_model(SHALLOW), SHALLOW, options, make_data(tmp_path, options))
+    trainer = make_trainer(random_model(SHALLOW), SHALLOW, options, make_data(tmp_path, options))
     trainer.one_update = lambda: (setattr(trainer, "global_step", trainer.global_step + 1), (np.ones(3), 0.0, False))[1]
     seen = [(r.global_step, r.epoch, trainer.finished_epoch()) for r in trainer.run()]  # 8 samples an epoch, 3 a step
     assert seen == [(1, 1, None), (2, 1, None), (3, 2, 1), (4, 2, None), (5, 2, None), (6, 3, 2), (7, 3, None), (8, 3, 3)]
@@ -144,7 +149,7 @@ def test_float16_training_and_overflow(tmp_path):
     config = in_half(SHALLOW)
     options = dataclasses.replace(OPTIONS, init_loss_scale=2.0**40, loss_scale_factor=2.0**12, clip_grad=True, start_learning_rate=1e-3)
     data, model = make_data(tmp_path, options), random_model(config)
-    trainer = Trainer(model, config, options, data)
+    trainer = make_trainer(model, config, options, data)
     before = weights_as_arrays(model)
     _, _, skipped = trainer.one_update()
     assert skipped and trainer.loss_scale.value == 2.0**28
@@ -158,7 +163,7 @@ def test_float16_training_and_overflow(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    trainer = Trainer(random_model(SHALLOW), SHALLOW, OPTIONS, make_data(tmp_path, OPTIONS))
+    trainer = make_trainer(random_model(SHALLOW), SHALLOW, OPTIONS, make_data(tmp_path, OPTIONS))
     trainer.one_update = lambda: (np.array([np.nan, 1, 1]), 0.0, False)
     with pytest.raises(FloatingPointError, match="lower start_learning_rate"):
         next(trainer.run())
