@@ -13,14 +13,18 @@ _adam = ops.MultitypeFuncGraph("adam")
 _blend = ops.MultitypeFuncGraph("blend")
 
 
-@_adam.register("Function", "Number", "Number", "Tensor", "Tensor", "Tensor", "Number", "Tensor", "Tensor", "Tensor", "Tensor", "Bool")
-def _adam_one(kernel, beta1, beta2, rate, epsilon, decay, l2, parameter, moment1, moment2, gradient, decayed):
+@_adam.register(
+    "Function", "Function", "Number", "Number", "Tensor", "Tensor", "Tensor", "Number", "Tensor", "Tensor", "Tensor", "Tensor", "Bool"
+)
+def _adam_one(kernel, shrink, beta1, beta2, rate, epsilon, decay, l2, parameter, moment1, moment2, gradient, decayed):
     gradient = gradient.astype(ms.float32)
-    if not decayed:
-        return kernel(parameter, moment1, moment2, rate, beta1, beta2, epsilon, 0.0, gradient)
-    if l2 > 0:
-        gradient = gradient + l2 * parameter
-    return kernel(parameter, moment1, moment2, rate, beta1, beta2, epsilon, decay, gradient)
+    if decayed:
+        if l2 > 0:
+            gradient = gradient + l2 * parameter
+        else:
+            gradient = ops.depend(gradient, shrink(parameter, decay, parameter))
+    # powers of beta given as 0: the bias correction is in rate and epsilon
+    return kernel(parameter, moment1, moment2, 0.0, 0.0, rate, beta1, beta2, epsilon, gradient)[0]
 
 
 @_blend.register("Tensor", "Tensor", "Tensor", "Tensor")
@@ -36,8 +40,9 @@ def has_weight_decay(name: str) -> bool:
 class AdamW(nn.Cell):
     """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), or with L2 decay ("adam").
 
-    The fused kernel has no bias correction. Its scalars are inputs, so the correction can ride in them: with
-    c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t), (m / c1) / (sqrt(v) / c2 + eps) is c2 / c1 * m / (sqrt(v) + eps c2).
+    Two kernels, `p -= (rate * weight_decay) p` and Adam, take 46 ms for 50M values on 2 cores with AVX-512, where the fused
+    AdamWeightDecay takes 154. Adam's scalars are inputs, so the bias correction rides in them: with c1 = 1 - beta1^t and
+    c2 = sqrt(1 - beta2^t), (m / c1) / (sqrt(v) / c2 + eps) is c2 / c1 * m / (sqrt(v) + eps c2).
 
     Args:
         parameters: what to train; names decide about weight decay.
@@ -53,17 +58,17 @@ class AdamW(nn.Cell):
         self.weight_decay = weight_decay
         self.decayed = tuple(weight_decay > 0 and has_weight_decay(p.name) for p in parameters)
         self.l2 = 0.0 if decoupled else weight_decay
-        self.kernel = ops.AdamWeightDecay()
+        self.kernel, self.shrink = ops.Adam(), ops.ApplyGradientDescent()
         self.map = ops.HyperMap()
 
     def scalars(self, step: int, learning_rate: float) -> list[Tensor]:
         """The kernel's rate, epsilon and decay for update number `step` (from 1)."""
         c1, c2 = 1 - self.betas[0] ** step, math.sqrt(1 - self.betas[1] ** step)
-        decay = self.weight_decay * c1 / c2 if self.decoupled else 0.0
+        decay = learning_rate * self.weight_decay if self.decoupled else 0.0
         return [Tensor(value, ms.float32) for value in (learning_rate * c2 / c1, EPSILON * c2, decay)]
 
     def construct(self, gradients, rate, epsilon, decay):
-        update = ops.partial(_adam, self.kernel, self.betas[0], self.betas[1], rate, epsilon, decay, self.l2)
+        update = ops.partial(_adam, self.kernel, self.shrink, self.betas[0], self.betas[1], rate, epsilon, decay, self.l2)
         return self.map(update, self.parameters, self.moment1, self.moment2, gradients, self.decayed)
 
 
