@@ -8,14 +8,17 @@ from conftest import relative_error
 from mindspore import nn, ops
 
 from ldm.models.kernels import (
+    GELU,
     AddBias,
     AddPerChannel,
+    GatedGELU,
     MatmulConv,
+    MergeHeads,
     Normalise,
     RowSum,
     ScaleAndShift,
     SoftmaxAttention,
-    gelu,
+    SplitHeads,
     upsample_nearest,
 )
 
@@ -27,6 +30,17 @@ class Function(nn.Cell):
 
     def construct(self, x):
         return self.function(x)
+
+
+class First(nn.Cell):
+    """A cell's first output: the others are for its gradient."""
+
+    def __init__(self, cell) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def construct(self, x):
+        return self.cell(x)[0]
 
 
 class Gradients(nn.Cell):
@@ -58,7 +72,20 @@ def compare(cell, reference, *shapes, tolerance=2e-6):
 
 
 def test_gelu():
-    compare(Function(gelu), torch.nn.functional.gelu, (3, 5, 40))
+    compare(First(GELU()), torch.nn.functional.gelu, (3, 5, 40))
+
+
+def test_gated_gelu():
+    def reference(x):
+        value, gate = x.chunk(2, -1)
+        return value * torch.nn.functional.gelu(gate)
+
+    compare(First(GatedGELU()), reference, (7, 40))
+
+
+def test_heads():
+    compare(SplitHeads(3), lambda x: x.reshape(2, 5, 3, 4).transpose(1, 2), (2, 5, 12))
+    compare(MergeHeads(3), lambda x: x.transpose(1, 2).reshape(2, 5, 12), (2, 3, 5, 4))
 
 
 def test_upsample_nearest():
@@ -114,15 +141,7 @@ def test_matmul_conv(stride, padding, channels, columns_bytes):
 
 @pytest.mark.parametrize("shape", [(1, 6, 4, 5), (1, 10, 7, 1)], ids=["groups", "rows"])
 def test_normalise(shape):
-    class Normalised(nn.Cell):
-        def __init__(self) -> None:
-            super().__init__()
-            self.normalise = Normalise(1e-5)
-
-        def construct(self, x):
-            return self.normalise(x)[0]
-
-    compare(Normalised(), lambda x: torch.nn.functional.layer_norm(x, x.shape[2:], eps=1e-5), shape, tolerance=1e-5)
+    compare(First(Normalise(1e-5)), lambda x: torch.nn.functional.layer_norm(x, x.shape[2:], eps=1e-5), shape, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 4, 5), (7, 6, 1, 1)], ids=["map", "rows"])

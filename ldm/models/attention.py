@@ -4,10 +4,10 @@ Attribute names are the checkpoint's parameter names.
 """
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import nn
 
-from ldm.models.kernels import gelu
-from ldm.models.layers import Attention, Dense, GroupNorm, LayerNorm
+from ldm.models.kernels import GatedGELU
+from ldm.models.layers import Attention, Dense, GroupNorm, LayerNorm, PlacesToTokens, TokensToPlaces
 
 
 class CrossAttention(nn.Cell):
@@ -31,11 +31,10 @@ class GEGLU(nn.Cell):
     def __init__(self, channels: int, inner: int, dtype) -> None:
         super().__init__()
         self.proj = Dense(channels, 2 * inner, dtype=dtype)
-        self.halves = ops.Split(-1, 2)
+        self.gated_gelu = GatedGELU()
 
     def construct(self, x):
-        value, gate = self.halves(self.proj(x))
-        return value * gelu(gate)
+        return self.gated_gelu(self.proj(x))[0]
 
 
 class FeedForward(nn.Cell):
@@ -71,15 +70,12 @@ class SpatialTransformer(nn.Cell):
     def __init__(self, channels: int, context_dim: int, heads: int, groups: int, dropout: float, dtype=ms.float32) -> None:
         super().__init__()
         self.norm = GroupNorm(groups, channels, epsilon=1e-6)
-        self.proj_in = Dense(channels, channels, dtype=dtype)
+        self.proj_in = PlacesToTokens(channels, channels, dtype=dtype)
         self.transformer_blocks = nn.CellList([BasicTransformerBlock(channels, context_dim, heads, dropout, dtype)])
-        self.proj_out = Dense(channels, channels, dtype=dtype)
+        self.proj_out = TokensToPlaces(channels, channels, dtype=dtype)
 
     def construct(self, x, emb, context):
-        batch, channels, height, width = x.shape
-        h = self.norm(x).reshape(batch, channels, height * width).transpose(0, 2, 1)  # (B, H*W, C)
-        h = self.proj_in(h)
+        h = self.proj_in(self.norm(x))  # (B, H*W, C)
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = self.proj_out(h).transpose(0, 2, 1).reshape(batch, channels, height, width)
-        return x + h
+        return x + self.proj_out(h, x.shape[2], x.shape[3])

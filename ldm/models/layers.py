@@ -11,7 +11,7 @@ from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
 from ldm import runtime
-from ldm.models.kernels import AddBias, MatmulConv, Normalise, ScaleAndShift, SoftmaxAttention
+from ldm.models.kernels import AddBias, MatmulConv, MergeHeads, Normalise, ScaleAndShift, SoftmaxAttention, SplitHeads
 
 
 def _on_cpu() -> bool:
@@ -44,6 +44,41 @@ class Dense(nn.Cell):
         if self.has_bias:
             y = self.bias_add(y, self.bias.astype(self.dtype))
         return y.reshape(x.shape[:-1] + (self.out_channels,))
+
+
+class PlacesToTokens(Dense):
+    """A Dense layer over the channels of (B, C, H, W), with the answer as tokens (B, H*W, out)."""
+
+    # The product reads its operands transposed; a Transpose would keep 8 bytes per element for good on CPU.
+    def __init__(self, in_channels: int, out_channels: int, dtype=ms.float32) -> None:
+        super().__init__(in_channels, out_channels, dtype=dtype)
+        self.batched = ops.BatchMatMul(transpose_a=True, transpose_b=True)
+
+    def construct(self, x):
+        batch, channels, height, width = x.shape
+        weight = ops.broadcast_to(
+            self.weight.astype(self.dtype).reshape(1, self.out_channels, channels), (batch, self.out_channels, channels)
+        )
+        y = self.batched(x.astype(self.dtype).reshape(batch, channels, height * width), weight)
+        y = self.bias_add(y.reshape(-1, self.out_channels), self.bias.astype(self.dtype))
+        return y.reshape(batch, height * width, self.out_channels)
+
+
+class TokensToPlaces(Dense):
+    """A Dense layer on tokens (B, H*W, in), with the answer as places (B, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, dtype=ms.float32) -> None:
+        super().__init__(in_channels, out_channels, dtype=dtype)
+        self.batched = ops.BatchMatMul(transpose_b=True)
+        self.bias_add = ops.BiasAdd()
+
+    def construct(self, x, height, width):
+        batch, _, channels = x.shape
+        weight = ops.broadcast_to(
+            self.weight.astype(self.dtype).reshape(1, self.out_channels, channels), (batch, self.out_channels, channels)
+        )
+        y = self.batched(weight, x.astype(self.dtype)).reshape(batch, self.out_channels, height, width)
+        return self.bias_add(y, self.bias.astype(self.dtype))
 
 
 class Conv2d(nn.Cell):
@@ -131,14 +166,9 @@ class Attention(nn.Cell):
     def __init__(self, heads: int, causal: bool = False, length: int = 0) -> None:
         super().__init__()
         self.heads = heads
+        self.split_heads, self.merge_heads = SplitHeads(heads), MergeHeads(heads)
         self.softmax_attention = SoftmaxAttention(causal, length)
 
-    def split(self, x):
-        batch, length, channels = x.shape
-        return x.reshape(batch, length, self.heads, channels // self.heads).transpose(0, 2, 1, 3)  # (B, heads, N, d)
-
     def construct(self, q, k, v):
-        batch, length, channels = q.shape
-        q = q * (channels // self.heads) ** -0.5
-        mixed = self.softmax_attention(self.split(q), self.split(k), self.split(v))
-        return mixed.transpose(0, 2, 1, 3).reshape(batch, length, channels)
+        q = q * (q.shape[2] // self.heads) ** -0.5
+        return self.merge_heads(self.softmax_attention(self.split_heads(q), self.split_heads(k), self.split_heads(v)))

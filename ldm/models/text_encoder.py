@@ -8,7 +8,7 @@ from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
 from ldm.config import TextEncoderConfig
-from ldm.models.kernels import gelu
+from ldm.models.kernels import GELU
 from ldm.models.layers import Attention, Dense, LayerNorm
 
 
@@ -46,10 +46,11 @@ class ResidualAttentionBlock(nn.Cell):
         self.c_fc = Dense(config.width, 4 * config.width, dtype=dtype)
         self.c_proj = Dense(4 * config.width, config.width, dtype=dtype)
         self.ln_2 = LayerNorm(config.width)
+        self.gelu = GELU()
 
     def construct(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.c_proj(gelu(self.c_fc(self.ln_2(x))))
+        return x + self.c_proj(self.gelu(self.c_fc(self.ln_2(x)))[0])
 
 
 class Transformer(nn.Cell):
