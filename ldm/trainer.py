@@ -189,7 +189,9 @@ class Trainer:
             network.set_train(True)
             for parameter in network.get_parameters():
                 parameter.requires_grad = True
-        self.parameters = model.trainable_params()
+        # Backwards through the networks: MindSpore orders its kernels from a graph's outputs, so that the gradient of a weight is
+        # taken when the backward pass comes by, and what it is taken from need not be kept until the end.
+        self.parameters = [p for network in trained for p in reversed(network.trainable_params())]
         loss = DreamBoothLoss(
             model.unet, model.cond_stage_model if options.train_text_encoder else None, self.schedule,
             options.prior_loss_weight if options.with_prior_preservation else None,

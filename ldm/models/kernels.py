@@ -343,7 +343,8 @@ class SoftmaxAttention(nn.Cell):
         q_parts, dout_parts, dout_d_parts = self.parts(q, count), self.parts(dout, count), self.parts(dout_d, count)
         dq, dk, dv = (), self.zeros_like(k), self.zeros_like(v)
         for i in range(count):
-            p = self.probabilities(q_parts[i], k)
+            # only when the previous part is done: its probabilities are then free
+            p = self.probabilities(ops.depend(q_parts[i], (dk, dv)), k)
             ds = (p * self.times_transposed(dout_d_parts[i], v_1).astype(ms.float32)).astype(q.dtype)
             dq = dq + (self.times(ds, k),)
             dk = dk + self.transposed_times(ds, q_parts[i])
