@@ -11,7 +11,6 @@ import gc
 import hashlib
 import logging
 import os
-import platform
 import sys
 import tempfile
 from importlib.metadata import version
@@ -28,21 +27,6 @@ def prepare_environment() -> None:
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
     # What MindSpore leaves behind when a graph does not compile goes there, not into the user's folder.
     os.environ.setdefault("MS_OM_PATH", os.path.join(tempfile.gettempdir(), f"mindspore-{os.getuid()}"))
-
-
-def onednn_convolves_slowly() -> bool:
-    """Whether MindSpore's 3x3 convolutions fall into oneDNN's reference kernel: AVX-512, unless ONEDNN_MAX_CPU_ISA caps it.
-
-    1.3 GFLOP/s there, 220 under a cap of AVX2; and about 300 as matrix products, which the cap would slow by 40%.
-    """
-    return _has_avx512() and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
-
-
-def _has_avx512() -> bool:
-    try:
-        return platform.machine() == "x86_64" and " avx512f " in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,8 +67,7 @@ def start_device(device: str, mode: int) -> str:
     chosen = device if device != "auto" else "Ascend" if available else "CPU"
     ms.set_device(chosen, *([int(os.environ["DEVICE_ID"])] if chosen == "Ascend" and "DEVICE_ID" in os.environ else []))
     ms.set_context(mode=ms.PYNATIVE_MODE if mode else ms.GRAPH_MODE)
-    convolution = ", 3x3 convolutions as matrix products (AVX-512)" if chosen == "CPU" and onednn_convolves_slowly() else ""
-    logger.info("MindSpore %s on %s%s", ms.__version__, chosen, convolution)
+    logger.info("MindSpore %s on %s", ms.__version__, chosen)
     return chosen
 
 

@@ -17,6 +17,7 @@ from ldm.models.kernels import (
     Normalise,
     RowSum,
     ScaleAndShift,
+    ScaleShiftSiLU,
     SoftmaxAttention,
     SplitHeads,
     upsample_nearest,
@@ -150,3 +151,10 @@ def test_scale_and_shift(shape):
         return x * gamma[:, None, None] + beta[:, None, None]
 
     compare(ScaleAndShift(), reference, shape, (6,), (6,))
+
+
+def test_scale_shift_silu():
+    def reference(x, gamma, beta):
+        return torch.nn.functional.silu(x * gamma[:, None, None] + beta[:, None, None])
+
+    compare(ScaleShiftSiLU(), reference, (2, 6, 4, 5), (6,), (6,))

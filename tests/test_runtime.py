@@ -25,15 +25,6 @@ def test_the_environment_is_set_but_never_over_the_users_own_setting():
     assert environment_after("")["GLOG_v"] == "3"
 
 
-@pytest.mark.parametrize("has_avx512", [True, False])
-def test_the_slow_convolution_is_avoided_where_it_would_be_slow(monkeypatch, has_avx512):
-    monkeypatch.setattr(runtime, "_has_avx512", lambda: has_avx512)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    assert runtime.onednn_convolves_slowly() == has_avx512
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2")
-    assert not runtime.onednn_convolves_slowly()
-
-
 def test_importing_the_options_does_not_import_mindspore():
     program = "import sys, ldm.options, ldm.images, ldm.data, ldm.runtime; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

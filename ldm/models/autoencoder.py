@@ -2,11 +2,11 @@
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn, ops
+from mindspore import nn
 
 from ldm.config import AutoencoderConfig
 from ldm.models.kernels import upsample_nearest
-from ldm.models.layers import Attention, Conv2d, GroupNorm
+from ldm.models.layers import Attention, Conv2d, GroupNorm, GroupNormSiLU
 
 EPSILON = 1e-6  # of every norm in the VAE
 
@@ -14,9 +14,9 @@ EPSILON = 1e-6  # of every norm in the VAE
 class ResnetBlock(nn.Cell):
     def __init__(self, in_channels: int, out_channels: int, groups: int, dtype) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(groups, in_channels, EPSILON)
+        self.norm1 = GroupNormSiLU(groups, in_channels, EPSILON)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1, dtype=dtype)
-        self.norm2 = GroupNorm(groups, out_channels, EPSILON)
+        self.norm2 = GroupNormSiLU(groups, out_channels, EPSILON)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1, dtype=dtype)
         if in_channels == out_channels:
             self.nin_shortcut = nn.Identity()
@@ -24,8 +24,8 @@ class ResnetBlock(nn.Cell):
             self.nin_shortcut = Conv2d(in_channels, out_channels, 1, dtype=dtype)
 
     def construct(self, x):
-        h = self.conv1(ops.silu(self.norm1(x)))
-        h = self.conv2(ops.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return self.nin_shortcut(x) + h
 
 
@@ -115,14 +115,14 @@ class Encoder(nn.Cell):
             for level, (before, width) in enumerate(zip([config.base_channels, *widths], widths))
         ])  # fmt: skip
         self.mid = Middle(widths[-1], config.norm_groups, dtype)
-        self.norm_out = GroupNorm(config.norm_groups, widths[-1], EPSILON)
+        self.norm_out = GroupNormSiLU(config.norm_groups, widths[-1], EPSILON)
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1, dtype=dtype)
 
     def construct(self, x):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(ops.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(self.norm_out(self.mid(h)))
 
 
 class Decoder(nn.Cell):
@@ -136,14 +136,14 @@ class Decoder(nn.Cell):
             Level(before, width, config.num_res_blocks + 1, config.norm_groups, dtype, "up" if level else "")
             for level, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths))
         ])  # fmt: skip
-        self.norm_out = GroupNorm(config.norm_groups, widths[0], EPSILON)
+        self.norm_out = GroupNormSiLU(config.norm_groups, widths[0], EPSILON)
         self.conv_out = Conv2d(widths[0], config.image_channels, 3, padding=1, dtype=dtype)
 
     def construct(self, z):
         h = self.mid(self.conv_in(z))
         for level in range(self.levels - 1, -1, -1):
             h = self.up[level](h)
-        return self.conv_out(ops.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class AutoencoderKL(nn.Cell):

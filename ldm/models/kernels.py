@@ -151,13 +151,14 @@ class AddBias(nn.Cell):
 class MatmulConv(nn.Cell):
     """Convolution of (B, C, H, W) by a 3x3 weight, as matrix products on the unfolded input (im2col).
 
-    With AVX-512 oneDNN runs this convolution and its input gradient on a reference kernel: 12,000 ms for (2, 320, 64, 64).
-    Capped to AVX2 it takes 68 / 202; this 50 / 155, and matrix products keep AVX-512. The gradient of the weight is
-    oneDNN's own, which is fast with AVX-512. Only the input is kept for the backward pass, not its nine copies.
+    (2, 320, 64, 64): 50 / 155. With AVX-512 oneDNN runs this convolution and its input gradient on a reference kernel:
+    12,000; capped to AVX2 it takes 68 / 202, and matrix products are slower too. Its gradient of the weight keeps a scratch
+    pad of up to the unfolded input and two weights for each convolution, for good: over 10 GB for SD2's UNet. Only the
+    input is kept here for the backward pass, not its nine copies.
 
     Args:
         channels: output channels. padding: of all four sides.
-        columns_bytes: the unfolded input is made in bands of rows that take about this at most.
+        columns_bytes: the forward pass unfolds the input in bands of rows that take about this at most.
     """
 
     def __init__(self, channels: int, stride: int, padding: int, columns_bytes: int = 256 << 20) -> None:
@@ -166,39 +167,28 @@ class MatmulConv(nn.Cell):
         self.unfold = Im2Col(ksizes=(3, 3), strides=stride, dilations=1, pads=0)
         self.unfold_padded = Im2Col(ksizes=(3, 3), strides=stride, dilations=1, pads=padding)
         self.fold = Col2Im(kernel_size=(3, 3), dilation=(1, 1), padding=(padding, padding), stride=(stride, stride))
-        self.weight_gradient = _grad_ops.Conv2DBackpropFilter(
-            channels, 3, pad_mode="pad", pad=padding, pad_list=(padding,) * 4, stride=(stride, stride)
-        )
-        self.matmul, self.matmul_transposed = ops.MatMul(), ops.MatMul(transpose_a=True)
-        self.batched, self.batched_transposed = ops.BatchMatMul(), ops.BatchMatMul(transpose_a=True)
+        self.matmul, self.matmul_a, self.matmul_b = ops.MatMul(), ops.MatMul(transpose_a=True), ops.MatMul(transpose_b=True)
+        self.batched, self.batched_a, self.batched_b = ops.BatchMatMul(), ops.BatchMatMul(True), ops.BatchMatMul(False, True)
         self.pad = ops.Pad(((0, 0), (0, 0), (padding, padding), (padding, padding)))
         self.join, self.join_rows = ops.Concat(0), ops.Concat(2)
+        self.row_sum = RowSum()
 
-    def by_sample(self, rows, places):
+    def by_sample(self, batch, places):
         """Whether the weight is too large to be copied for each sample, which BatchMatMul needs."""
-        return rows > places
+        return batch == 1 or self.channels > places
+
+    def for_each(self, weight, batch):
+        return ops.broadcast_to(weight.reshape((1,) + weight.shape), (batch,) + weight.shape)
 
     def times(self, weight, columns):
         """(C_out, 9 C) times (B, 9 C, places)."""
         batch = columns.shape[0]
-        if batch == 1 or self.by_sample(weight.shape[0], columns.shape[2]):
-            outputs = ()
-            for part in ops.Split(0, batch)(columns):
-                product = self.matmul(weight, part.reshape(columns.shape[1:]))
-                outputs = outputs + (product.reshape(1, weight.shape[0], -1),)
-            return self.join(outputs)
-        return self.batched(ops.broadcast_to(weight.reshape((1,) + weight.shape), (batch,) + weight.shape), columns)
-
-    def transposed_times(self, weight, y):
-        """(C_out, 9 C) transposed, times (B, C_out, places)."""
-        batch = y.shape[0]
-        if batch == 1 or self.by_sample(weight.shape[0], y.shape[2]):
-            outputs = ()
-            for part in ops.Split(0, batch)(y):
-                product = self.matmul_transposed(weight, part.reshape(y.shape[1:]))
-                outputs = outputs + (product.reshape(1, weight.shape[1], -1),)
-            return self.join(outputs)
-        return self.batched_transposed(ops.broadcast_to(weight.reshape((1,) + weight.shape), (batch,) + weight.shape), y)
+        if not self.by_sample(batch, columns.shape[2]):
+            return self.batched(self.for_each(weight, batch), columns)
+        outputs = ()
+        for part in ops.Split(0, batch)(columns):
+            outputs = outputs + (self.matmul(weight, part.reshape(columns.shape[1:])).reshape(1, self.channels, -1),)
+        return self.join(outputs)
 
     def construct(self, x, weight):
         batch, channels, height, width = x.shape
@@ -223,10 +213,22 @@ class MatmulConv(nn.Cell):
 
     def bprop(self, x, weight, out, dout):
         batch, channels, height, width = x.shape
-        d_weight = self.weight_gradient(dout, x, weight.shape)
-        columns = self.transposed_times(weight.reshape(self.channels, -1), dout.reshape(batch, self.channels, -1))
-        d_x = self.fold(columns.reshape(batch, channels, 9, -1), Tensor([height, width], ms.int32))
-        return d_x, d_weight
+        # MindSpore copies a parameter to reshape it, and unfolds the input: without the dependence on dout it would keep
+        # what the forward pass made of both until here instead of making it anew
+        x, flat = ops.depend(x, dout), ops.depend(weight, dout).reshape(self.channels, -1)
+        dout = dout.reshape(batch, self.channels, -1)
+        size = Tensor([height, width], ms.int32)
+        if not self.by_sample(batch, dout.shape[2]):
+            columns = self.unfold_padded(x).reshape(batch, 9 * channels, -1)
+            d_weight = self.row_sum(self.batched_b(dout, columns).reshape(batch, -1))
+            d_columns = self.batched_a(self.for_each(flat, batch), dout)
+            return self.fold(d_columns.reshape(batch, channels, 9, -1), size), d_weight.reshape(weight.shape)
+        d_x, d_weight = (), 0.0
+        for x_i, dout_i in zip(ops.Split(0, batch)(x), ops.Split(0, batch)(dout)):
+            dout_i = dout_i.reshape(self.channels, -1)
+            d_weight = d_weight + self.matmul_b(dout_i, self.unfold_padded(x_i).reshape(9 * channels, -1))
+            d_x = d_x + (self.fold(self.matmul_a(flat, dout_i).reshape(1, channels, 9, -1), size),)
+        return self.join(d_x), d_weight.reshape(weight.shape)
 
 
 class Normalise(nn.Cell):
@@ -280,6 +282,26 @@ class ScaleAndShift(nn.Cell):
         zeros, ones = self.zeros_like(gamma), self.ones_like(gamma)
         dx = self.batch_norm(dout, gamma, zeros, zeros, ones)[0]
         return dx, self.channel_sum(dout * x), self.channel_sum(dout)
+
+
+class ScaleShiftSiLU(ScaleAndShift):
+    """SiLU of ScaleAndShift, which keeps its input alone for the backward pass instead of four maps of that size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigmoid = ops.Sigmoid()
+
+    def construct(self, x, gamma, beta):
+        y = self.batch_norm(x, gamma, beta, self.zeros_like(gamma), self.ones_like(gamma))[0]
+        return y * self.sigmoid(y)
+
+    def bprop(self, x, gamma, beta, out, dout):
+        zeros, ones = self.zeros_like(gamma), self.ones_like(gamma)
+        # the dependence keeps MindSpore from finding y already computed in the forward pass, and from keeping it
+        y = self.batch_norm(ops.depend(x, dout), gamma, beta, zeros, ones)[0]
+        s = self.sigmoid(y)
+        dy = dout * (s + out * (1 - s))
+        return self.batch_norm(dy, gamma, zeros, zeros, ones)[0], self.channel_sum(dy * x), self.channel_sum(dy)
 
 
 class SoftmaxAttention(nn.Cell):

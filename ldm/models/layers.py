@@ -10,8 +10,7 @@ import mindspore as ms
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
-from ldm import runtime
-from ldm.models.kernels import AddBias, MatmulConv, MergeHeads, Normalise, ScaleAndShift, SoftmaxAttention, SplitHeads
+from ldm.models.kernels import AddBias, MatmulConv, MergeHeads, Normalise, ScaleAndShift, ScaleShiftSiLU, SoftmaxAttention, SplitHeads
 
 
 def _on_cpu() -> bool:
@@ -89,7 +88,7 @@ class Conv2d(nn.Cell):
         self.dtype = dtype
         self.weight = _weight(out_channels, in_channels, kernel, kernel)
         self.bias = _bias(out_channels)
-        self.by_matmul = kernel == 3 and _on_cpu() and runtime.onednn_convolves_slowly()
+        self.by_matmul = kernel == 3 and _on_cpu()
         self.pads_first = self.by_matmul and isinstance(padding, tuple)
         if self.by_matmul:
             if self.pads_first:
@@ -132,6 +131,19 @@ class GroupNorm(nn.Cell):
         else:
             y = ops.group_norm(y, self.groups, self.gamma, self.beta, self.epsilon)
         return y.astype(x.dtype)
+
+
+class GroupNormSiLU(GroupNorm):
+    """Group normalisation, then SiLU."""
+
+    def __init__(self, groups: int, channels: int, epsilon: float) -> None:
+        super().__init__(groups, channels, epsilon)
+        if self.on_cpu:
+            self.scale_and_shift = ScaleShiftSiLU()
+
+    def construct(self, x):
+        y = super().construct(x)
+        return y if self.on_cpu else ops.silu(y)
 
 
 class LayerNorm(nn.Cell):

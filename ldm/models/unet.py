@@ -13,7 +13,7 @@ from mindspore import Tensor, nn, ops
 from ldm.config import UNetConfig
 from ldm.models.attention import SpatialTransformer
 from ldm.models.kernels import AddPerChannel, upsample_nearest
-from ldm.models.layers import Conv2d, Dense, GroupNorm
+from ldm.models.layers import Conv2d, Dense, GroupNormSiLU
 
 
 class Conv(nn.Cell):
@@ -50,10 +50,10 @@ class ResBlock(nn.Cell):
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int, dropout: float, dtype) -> None:
         super().__init__()
-        self.in_layers_norm = GroupNorm(groups, in_channels, epsilon=1e-5)
+        self.in_layers_norm = GroupNormSiLU(groups, in_channels, epsilon=1e-5)
         self.in_layers_conv = Conv(in_channels, out_channels, dtype=dtype)
         self.emb_layers = nn.SequentialCell(nn.SiLU(), Dense(emb_channels, out_channels, dtype=dtype))
-        self.out_layers_norm = GroupNorm(groups, out_channels, epsilon=1e-5)
+        self.out_layers_norm = GroupNormSiLU(groups, out_channels, epsilon=1e-5)
         self.out_layers_conv = Conv(out_channels, out_channels, dtype=dtype)
         self.dropout = nn.Dropout(p=dropout)
         self.add_per_channel = AddPerChannel()
@@ -64,9 +64,9 @@ class ResBlock(nn.Cell):
 
     def construct(self, h, emb, context):
         x = h
-        h = self.in_layers_conv(ops.silu(self.in_layers_norm(h)))
+        h = self.in_layers_conv(self.in_layers_norm(h))
         h = self.add_per_channel(h, self.emb_layers(emb))
-        h = self.out_layers_conv(self.dropout(ops.silu(self.out_layers_norm(h))))
+        h = self.out_layers_conv(self.dropout(self.out_layers_norm(h)))
         return self.skip_connection(x) + h
 
 
@@ -132,7 +132,7 @@ class UNetModel(nn.Cell):
         self.output_blocks = nn.CellList(output_blocks)
 
         self.out = nn.SequentialCell(
-            GroupNorm(config.norm_groups, channels, epsilon=1e-5), nn.SiLU(), Conv(channels, config.out_channels, dtype=dtype)
+            GroupNormSiLU(config.norm_groups, channels, epsilon=1e-5), nn.Identity(), Conv(channels, config.out_channels, dtype=dtype)
         )
 
     def construct(self, x_t, t, context):
