@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore.common.initializer import initializer
 
 EPSILON = 1e-8
 # Loops over hundreds of parameters are written as maps: MindSpore unrolls a `for` into nested calls, and their depth is limited.
@@ -32,6 +33,12 @@ def _blend_one(decay, rest, average, source):
     return ops.assign(average, average * decay + source * rest)
 
 
+def zeros_beside(parameters: Sequence[Parameter], prefix: str) -> ParameterTuple:
+    """A parameter of zeros for each of `parameters`, named after it."""
+    # clone() would first draw initial values for a parameter that a checkpoint has filled, and keep them: a copy of the weights.
+    return ParameterTuple([Parameter(initializer("zeros", p.shape, p.dtype), name=f"{prefix}.{p.name}") for p in parameters])
+
+
 def has_weight_decay(name: str) -> bool:
     """Norms and biases are not decayed."""
     return not name.endswith((".gamma", ".beta", ".bias"))
@@ -52,8 +59,8 @@ class AdamW(nn.Cell):
     def __init__(self, parameters: Sequence[Parameter], betas: tuple[float, float], weight_decay: float, decoupled: bool) -> None:
         super().__init__(auto_prefix=False)
         self.parameters = ParameterTuple(parameters)
-        self.moment1 = self.parameters.clone(prefix="adam_m", init="zeros")
-        self.moment2 = self.parameters.clone(prefix="adam_v", init="zeros")
+        self.moment1 = zeros_beside(parameters, "adam_m")
+        self.moment2 = zeros_beside(parameters, "adam_v")
         self.betas, self.decoupled = betas, decoupled
         self.weight_decay = weight_decay
         self.decayed = tuple(weight_decay > 0 and has_weight_decay(p.name) for p in parameters)
@@ -109,7 +116,9 @@ class MovingAverage(nn.Cell):
         super().__init__(auto_prefix=False)
         self.limit = decay
         self.source = ParameterTuple(parameters)
-        self.average = self.source.clone(prefix="ema", init="same")
+        self.average = zeros_beside(parameters, "ema")
+        for average, source in zip(self.average, self.source):
+            average.set_data(Tensor(source.asnumpy()))
         self.map = ops.HyperMap()
 
     def construct(self, decay, rest):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import ParameterTuple, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 
 from ldm import runtime
 from ldm.checkpoint import save_weights, spill, weights_of
@@ -23,7 +23,7 @@ from ldm.latent_cache import Moments
 from ldm.loss import DreamBoothLoss
 from ldm.models.autoencoder import posterior_sample
 from ldm.models.latent_diffusion import LatentDiffusion
-from ldm.optim import AdamW, LearningRate, LossScale, MovingAverage
+from ldm.optim import AdamW, LearningRate, LossScale, MovingAverage, zeros_beside
 from ldm.options import TrainOptions
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ class TrainStep(nn.TrainOneStepCell):
         self.map = ops.HyperMap()
         self.loss_and_gradients = ops.value_and_grad(self.scaled_loss, None, self.weights, has_aux=True)
         if accumulates:
-            self.sums = ParameterTuple(self.weights).clone(prefix="gradient_sum", init="zeros")
+            self.sums = zeros_beside(self.weights, "gradient_sum")
 
     def scaled_loss(self, latents, text, t, noise, scale):
         loss, instance_loss, class_loss = self.network(latents, text, t, noise)
