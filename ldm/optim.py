@@ -9,6 +9,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 EPSILON = 1e-8
+GROUPS = 24
 # Loops over hundreds of parameters are written as maps: MindSpore unrolls a `for` into nested calls, and their depth is limited.
 _adam = ops.MultitypeFuncGraph("adam")
 _blend = ops.MultitypeFuncGraph("blend")
@@ -51,16 +52,21 @@ class AdamW(nn.Cell):
     AdamWeightDecay takes 154. Adam's scalars are inputs, so the bias correction rides in them: with c1 = 1 - beta1^t and
     c2 = sqrt(1 - beta2^t), (m / c1) / (sqrt(v) / c2 + eps) is c2 / c1 * m / (sqrt(v) + eps c2).
 
+    The parameters are updated in groups, one after the other: where nothing else needs all gradients at once, a group's
+    gradients are used up before the next group's are computed, and never are all of them in memory.
+
     Args:
-        parameters: what to train; names decide about weight decay.
+        parameters: what to train, in the order in which the backward pass comes by; names decide about weight decay.
         decoupled: True for AdamW, False for Adam with the decay added to the gradient.
     """
 
     def __init__(self, parameters: Sequence[Parameter], betas: tuple[float, float], weight_decay: float, decoupled: bool) -> None:
         super().__init__(auto_prefix=False)
         self.parameters = ParameterTuple(parameters)
-        self.moment1 = zeros_beside(parameters, "adam_m")
-        self.moment2 = zeros_beside(parameters, "adam_v")
+        self.moment1, self.moment2 = zeros_beside(parameters, "adam_m"), zeros_beside(parameters, "adam_v")
+        ends = np.cumsum([p.size for p in parameters]) * GROUPS / sum(p.size for p in parameters)
+        starts = [0, *(int(index) for index in np.searchsorted(ends, np.arange(1, GROUPS)))]
+        self.bounds = tuple((a, b) for a, b in zip(starts, [*starts[1:], len(parameters)]) if a < b)
         self.betas, self.decoupled = betas, decoupled
         self.weight_decay = weight_decay
         self.decayed = tuple(weight_decay > 0 and has_weight_decay(p.name) for p in parameters)
@@ -75,8 +81,15 @@ class AdamW(nn.Cell):
         return [Tensor(value, ms.float32) for value in (learning_rate * c2 / c1, EPSILON * c2, decay)]
 
     def construct(self, gradients, rate, epsilon, decay):
-        update = ops.partial(_adam, self.kernel, self.shrink, self.betas[0], self.betas[1], rate, epsilon, decay, self.l2)
-        return self.map(update, self.parameters, self.moment1, self.moment2, gradients, self.decayed)
+        done = ()
+        for a, b in self.bounds:
+            update = ops.partial(_adam, self.kernel, self.shrink, self.betas[0], self.betas[1], rate, epsilon, decay, self.l2)
+            group = self.parameters[a:b], self.moment1[a:b], self.moment2[a:b], gradients[a:b], self.decayed[a:b]
+            updated = self.map(update, *group)
+            # MindSpore orders kernels backwards from the outputs: what the next group's rate waits for comes before its gradients
+            rate = ops.depend(rate, updated)
+            done = done + updated
+        return done
 
 
 class LearningRate:

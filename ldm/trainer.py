@@ -63,14 +63,16 @@ class Update(nn.Cell):
     Args:
         max_grad_norm: clip to this norm, or None.
         can_overflow: float16 compute: gradients that are not finite skip the update.
+        scales: whether `inverse_scale` is ever other than 1.
 
     Returns:
         Whether the update was applied, and the global norm of the gradients before clipping (0 without clipping).
     """
 
-    def __init__(self, optimizer: AdamW, max_grad_norm: float | None, can_overflow: bool) -> None:
+    def __init__(self, optimizer: AdamW, max_grad_norm: float | None, can_overflow: bool, scales: bool) -> None:
         super().__init__(auto_prefix=False)
         self.optimizer = optimizer
+        self.scales = scales or max_grad_norm is not None
         self.clips, self.max_grad_norm = max_grad_norm is not None, max_grad_norm
         self.can_overflow = can_overflow
         self.map = ops.HyperMap()
@@ -85,12 +87,13 @@ class Update(nn.Cell):
             norm = ops.sqrt(ops.stack(squares).sum()) * inverse_scale
             # as torch.nn.utils.clip_grad_norm_: a millionth keeps the quotient finite
             inverse_scale = inverse_scale * ops.minimum(self.max_grad_norm / (norm + 1e-6), Tensor(1.0, ms.float32))
-        scaled = self.map(ops.partial(_scale, inverse_scale), gradients)
+        if self.scales:
+            gradients = self.map(ops.partial(_scale, inverse_scale), gradients)
         if self.can_overflow:
             if applied:
-                self.optimizer(scaled, rate, epsilon, decay)
+                self.optimizer(gradients, rate, epsilon, decay)
         else:
-            self.optimizer(scaled, rate, epsilon, decay)
+            self.optimizer(gradients, rate, epsilon, decay)
         return applied, norm
 
 
@@ -199,8 +202,9 @@ class Trainer:
         self.optimizer = AdamW(self.parameters, options.betas, options.weight_decay, decoupled=options.optim == "adamw")
         self.learning_rate = LearningRate(options.start_learning_rate, options.end_learning_rate, options.warmup_steps, options.decay_steps)
         self.loss_scale = LossScale(options.init_loss_scale if config.use_fp16 else 1.0, options.loss_scale_factor, options.scale_window)
-        update = Update(self.optimizer, options.max_grad_norm if options.clip_grad else None, config.use_fp16)
         accumulates = options.gradient_accumulation_steps > 1
+        max_grad_norm = options.max_grad_norm if options.clip_grad else None
+        update = Update(self.optimizer, max_grad_norm, config.use_fp16, scales=config.use_fp16 or accumulates)
         self.step = TrainStep(loss, self.optimizer, update, accumulates)
         self.accumulated_update = AccumulatedUpdate(self.step) if accumulates else None
         self.average = MovingAverage(self.parameters) if options.use_ema else None

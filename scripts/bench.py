@@ -12,7 +12,8 @@ figures:
   step         a training step, UNet only, clipping and AdamW; the peer encodes its pictures in every step, as diffusers'
                train_dreambooth.py does, ours takes cached latents
   step_cached  the same with cached latents on both sides
-  text_step    a training step, UNet and text encoder; the peer encodes in every step and has gradient checkpointing on
+  text_step    a training step, UNet and text encoder; the peer encodes in every step and has gradient checkpointing on;
+               neither clips, as is this project's default
   denoise      a denoising step of one picture with guidance (the UNet on a batch of 2)
   decode       one picture from its latents
   start        seconds from loaded weights to the end of the first training step, less a steady step: with an empty

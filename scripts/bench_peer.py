@@ -118,8 +118,9 @@ class Training:
 
     def step(self) -> None:
         self.backward()
-        with torch.profiler.record_function("clipping"):
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if not self.trains_text:
+            with torch.profiler.record_function("clipping"):
+                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
