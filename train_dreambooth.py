@@ -62,7 +62,7 @@ def run(options: TrainOptions, config: ModelConfig) -> None:
         class_folder.mkdir(parents=True, exist_ok=True)
         class_paths = pipeline.valid_class_images(class_folder)
         missing = max(0, options.num_class_images - len(class_paths))
-    runtime.start_device(options.device, options.mode)
+    device = runtime.start_device(options.device, options.mode)
     model = build_model(config)
     checkpoint.load_weights(model, checkpoint.read_checkpoint(options.checkpoint), str(options.checkpoint))
     if missing:
@@ -83,13 +83,16 @@ def run(options: TrainOptions, config: ModelConfig) -> None:
     # on the class pictures and latents that were on the disk. What is compiled before this line is neither kept nor numbered.
     # `missing` remains a fact: a frozen text encoder is not compiled again below if sampling has already done so.
     if options.compile_cache and options.mode == 0:
-        runtime.enable_compile_cache("train", options.graph_facts(), config, bool(missing))
+        runtime.enable_compile_cache("train", options.graph_facts(), config, bool(missing) and not options.train_text_encoder)
     trainer = Trainer(model, config, options, samples, moments)
     if options.cache_latents:
         trainer.release_frozen(output)
+    if options.compile_cache and options.mode == 0 and device == "CPU" and runtime.memory_is_short(4 * trainer.trained_values):
+        logger.info("memory is short: compiling, then starting again without what preparing and compiling leave in it")
+        trainer.compile()
+        runtime.start_again()
     metrics = MetricsFile(output / "metrics.jsonl")
-    trained = sum(parameter.size for parameter in trainer.parameters)
-    logger.info("training %.1fM values on %d pictures: %d updates", trained / 1e6, len(instance_paths), trainer.total_steps)
+    logger.info("training %.1fM values on %d pictures: %d updates", trainer.trained_values / 1e6, len(instance_paths), trainer.total_steps)
     logger.info("compiling; the first step takes a while")
     with tqdm(total=trainer.total_steps, desc="training", unit="step", disable=None) as bar:
         for report in trainer.run():

@@ -117,3 +117,31 @@ def enable_compile_cache(*facts) -> None:
     os.environ["MS_COMPILER_CACHE_ENABLE"] = "1"
     os.environ["MS_COMPILER_CACHE_PATH"] = str(folder)
     logger.info("compile cache: %s", folder)
+
+
+def memory_is_short(trained_bytes: int) -> bool:
+    """Whether training weights of this size may leave no room for what compiling leaves behind; False where /proc tells nothing.
+
+    Weights, gradients and two moments are four times their size. With the activations and all else that a full-size step
+    needs it was 5.8 times for the UNet, and with what is left of compiling, sampling and encoding up to 7.5.
+    """
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = 1024 * int(fields["MemAvailable"].split()[0])
+        own = os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return False
+    return 7.5 * trained_bytes > available + own
+
+
+def start_again() -> None:
+    """Run this command anew in this process's place: MindSpore never gives back what compiling took, 3-5 GB at full size.
+
+    Does nothing the second time, nor without the compile cache, which would not find the graphs there.
+    """
+    if os.environ.get("DREAMBOOTH_STARTED_AGAIN") or os.environ.get("MS_COMPILER_CACHE_ENABLE") != "1":
+        return
+    os.environ["DREAMBOOTH_STARTED_AGAIN"] = "1"
+    os.environ["MS_COMPILER_CACHE_PATH"] = str(Path(os.environ["MS_COMPILER_CACHE_PATH"]).parent)  # as enable_compile_cache found it
+    logging.shutdown()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

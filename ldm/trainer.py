@@ -195,6 +195,7 @@ class Trainer:
         # Backwards through the networks: MindSpore orders its kernels from a graph's outputs, so that the gradient of a weight is
         # taken when the backward pass comes by, and what it is taken from need not be kept until the end.
         self.parameters = [p for network in trained for p in reversed(network.trainable_params())]
+        self.trained_values = sum(parameter.size for parameter in self.parameters)
         loss = DreamBoothLoss(
             model.unet, model.cond_stage_model if options.train_text_encoder else None, self.schedule,
             options.prior_loss_weight if options.with_prior_preservation else None,
@@ -226,6 +227,14 @@ class Trainer:
         latents = posterior_sample(moments, np.stack(posterior_noise), self.config.autoencoder.scale_factor)
         text = np.repeat(np.stack(self.text), len(draws) // len(self.text), axis=0)
         return Tensor(latents), Tensor(text), Tensor(np.array(t, np.int32)), Tensor(np.stack(noise))
+
+    def compile(self) -> None:
+        """Compile the step's graphs without running them: into the compile cache, where that is on."""
+        zero = Tensor(0.0, ms.float32)
+        draws = next(self.data.batches(self.options.train_batch_size, 1))
+        self.step.compile(*self.batch(draws), *[zero] * 5)
+        if self.accumulated_update:
+            self.accumulated_update.compile(*[zero] * 4)
 
     def one_update(self) -> tuple[np.ndarray, float, bool]:
         """Train on the next samples: mean (loss, instance, class), gradient norm, whether an overflow skipped it."""

@@ -69,6 +69,9 @@ def training(job, model, config):
     trainer = Trainer(model, config, options, data, lambda draws: moments)
     with tempfile.TemporaryDirectory() as folder:
         trainer.release_frozen(Path(folder))
+    if job["train_text_encoder"] and runtime.memory_is_short(4 * trainer.trained_values):  # as train_dreambooth.py
+        trainer.compile()
+        runtime.start_again()
     text = Tensor(np.repeat(np.stack(trainer.text), batch, axis=0))
     one, done = Tensor(np.float32(1)), 0
 
@@ -104,11 +107,11 @@ def drawing(job, model, config):
 
 
 GROUPS = {
-    "convolution": {"Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter"},
+    "convolution": {"Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter", "Im2Col", "Col2Im", "Pad"},
     "matrix product": {"MatMul", "BatchMatMul"},
     "bias": {"BiasAdd", "BiasAddGrad"},
     "normalisation": {"GroupNorm", "GroupNormGrad", "LayerNorm", "LayerNormGrad", "BatchNorm", "BatchNormGrad"},
-    "layout": {"Transpose", "Concat", "Slice", "StridedSlice", "StridedSliceGrad", "Split", "Reshape", "BroadcastTo", "Tile", "Im2Col", "Col2Im"},
+    "layout": {"Transpose", "Concat", "Slice", "StridedSlice", "StridedSliceGrad", "Split", "Reshape", "BroadcastTo", "Tile"},
     "element-wise": {
         "Mul", "Add", "AddN", "Sub", "Neg", "Pow", "Erf", "Exp", "RealDiv", "Cast", "Sigmoid", "SigmoidGrad", "SiLU", "SiLUGrad",
         "Square", "ZerosLike", "OnesLike",
@@ -120,8 +123,10 @@ def group_of(kind: str, where: str) -> str:
     """What an operator works for. MindSpore merges equal scopes, so the names in gradients tell little beyond the kind."""
     if "SoftmaxAttention" in where:
         return "attention"
+    if "MatmulConv" in where:
+        return "convolution"
     # The clipping's sums of squares lose their scope; the loss has two squares of its own, of small tensors.
-    if kind in ("AdamWeightDecay", "Square") or "optimizer-" in where or "update-" in where or "_SumExt" in where:
+    if kind in ("Adam", "ApplyGradientDescent", "Square") or "optimizer-" in where or "update-" in where or "_SumExt" in where:
         return "clipping, optimizer"
     return next((group for group, kinds in GROUPS.items() if kind in kinds), "other")
 

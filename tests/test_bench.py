@@ -41,5 +41,5 @@ def test_profile_names_operators_and_their_shapes(tmp_path):
     groups = {row["group"]: row["ms"] for row in profile_step.totals(result["operators"], "group")}
     assert groups.keys() >= {"convolution", "matrix product", "attention", "clipping, optimizer"}
     assert all(row["calls"] == 1 for row in result["operators"])
-    assert any(row["kind"] == "Conv2D" and row["shapes"].endswith("[32, 4, 3, 3]") for row in result["operators"])
+    assert any(row["kind"] == "Im2Col" and row["shapes"].endswith("[2, 4, 16, 16]") for row in result["operators"])
     assert group_of("Softmax", "Default/a/softmax_attention-SoftmaxAttention/Softmax-op0") == "attention"

@@ -7,12 +7,12 @@ import torch
 from conftest import relative_error
 from mindspore import nn, ops
 
+from ldm.models.convolution import MatmulConv
 from ldm.models.kernels import (
     GELU,
     AddBias,
     AddPerChannel,
     GatedGELU,
-    MatmulConv,
     MergeHeads,
     Normalise,
     RowSum,

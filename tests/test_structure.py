@@ -7,6 +7,7 @@ from conftest import ROOT
 ROWS = [
     {"config", "runtime", "images", "tokenizer", "weight_files"},
     {"options", "schedule", "models.kernels"},
+    {"models.convolution"},
     {"models.layers"},
     {"models.attention", "models.autoencoder", "models.text_encoder", "samplers"},
     {"models.unet"},

@@ -10,7 +10,8 @@ import mindspore as ms
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
-from ldm.models.kernels import AddBias, MatmulConv, MergeHeads, Normalise, ScaleAndShift, ScaleShiftSiLU, SoftmaxAttention, SplitHeads
+from ldm.models.convolution import MatmulConv
+from ldm.models.kernels import AddBias, MergeHeads, Normalise, ScaleAndShift, ScaleShiftSiLU, SoftmaxAttention, SplitHeads
 
 
 def _on_cpu() -> bool:
