@@ -75,11 +75,6 @@ def run_diffusers(config, batch: int):
 def measure(side: str, options) -> None:
     """In the child process: run, save the output, print the figures as JSON."""
     config = read_model_config(options.config)
-    if side == "diffusers":
-        # ldm caps oneDNN's instruction set for MindSpore's sake; the peer runs as it would on its own.
-        import os
-
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "DEFAULT"
     forward = {"ours": run_ours, "diffusers": run_diffusers}[side](config, options.batch)
     seconds = []
     for _ in range(options.runs + 1):

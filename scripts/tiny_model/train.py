@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -23,8 +22,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-# PyTorch needs no cap on oneDNN's instruction set, and bfloat16 is ten times slower under the one that ldm sets.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "DEFAULT")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import pictures
