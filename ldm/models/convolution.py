@@ -7,6 +7,29 @@ from mindspore.ops.operations.array_ops import Col2Im, Im2Col
 from ldm.models.kernels import RowSum
 
 
+def pad_rows(x, top, bottom):
+    """Zeros above and below (B, C, H, W)."""
+    # Concat: with Pad in its place the VAE decodes 512x512 in 18 s instead of 10.
+    batch, channels, _, width = x.shape
+    rows = (x,)
+    if top:
+        rows = (ops.zeros((batch, channels, top, width), x.dtype),) + rows
+    if bottom:
+        rows = rows + (ops.zeros((batch, channels, bottom, width), x.dtype),)
+    return ops.cat(rows, 2)
+
+
+def pad_columns(x, left, right):
+    """Zeros left and right of (B, C, H, W)."""
+    batch, channels, height, _ = x.shape
+    columns = (x,)
+    if left:
+        columns = (ops.zeros((batch, channels, height, left), x.dtype),) + columns
+    if right:
+        columns = columns + (ops.zeros((batch, channels, height, right), x.dtype),)
+    return ops.cat(columns, 3)
+
+
 class MatmulConv(nn.Cell):
     """Convolution of (B, C, H, W) by a 3x3 weight, as matrix products on the unfolded input (im2col).
 
@@ -23,12 +46,11 @@ class MatmulConv(nn.Cell):
     def __init__(self, channels: int, stride: int, padding: int, columns_bytes: int = 256 << 20) -> None:
         super().__init__()
         self.channels, self.stride, self.padding, self.columns_bytes = channels, stride, padding, columns_bytes
-        self.unfold = Im2Col(ksizes=(3, 3), strides=stride, dilations=1, pads=0)
+        self.unfold_band = Im2Col(ksizes=(3, 3), strides=stride, dilations=1, pads=(0, padding))
         self.unfold_padded = Im2Col(ksizes=(3, 3), strides=stride, dilations=1, pads=padding)
         self.fold = Col2Im(kernel_size=(3, 3), dilation=(1, 1), padding=(padding, padding), stride=(stride, stride))
         self.matmul, self.matmul_a, self.matmul_b = ops.MatMul(), ops.MatMul(transpose_a=True), ops.MatMul(transpose_b=True)
         self.batched, self.batched_a, self.batched_b = ops.BatchMatMul(), ops.BatchMatMul(True), ops.BatchMatMul(False, True)
-        self.pad = ops.Pad(((0, 0), (0, 0), (padding, padding), (padding, padding)))
         self.join, self.join_rows = ops.Concat(0), ops.Concat(2)
         self.row_sum = RowSum()
 
@@ -42,6 +64,8 @@ class MatmulConv(nn.Cell):
     def times(self, weight, columns):
         """(C_out, 9 C) times (B, 9 C, places)."""
         batch = columns.shape[0]
+        if batch == 1:
+            return self.matmul(weight, columns.reshape(columns.shape[1:])).reshape(1, self.channels, -1)
         if not self.by_sample(batch, columns.shape[2]):
             return self.batched(self.for_each(weight, batch), columns)
         outputs = ()
@@ -60,13 +84,13 @@ class MatmulConv(nn.Cell):
         if bands == 1:
             columns = self.unfold_padded(x).reshape(batch, 9 * channels, -1)
             return self.times(flat, columns).reshape(batch, self.channels, out_height, out_width)
-        x = self.pad(x)
+        x = pad_rows(x, self.padding, self.padding)
         rows = out_height // bands
         outputs = ()
         for i in range(bands):
             start = i * rows * self.stride
             band = x[:, :, start : start + (rows - 1) * self.stride + 3]
-            y = self.times(flat, self.unfold(band).reshape(batch, 9 * channels, -1))
+            y = self.times(flat, self.unfold_band(band).reshape(batch, 9 * channels, -1))
             outputs = outputs + (y.reshape(batch, self.channels, rows, out_width),)
         return self.join_rows(outputs)
 

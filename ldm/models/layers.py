@@ -10,7 +10,7 @@ import mindspore as ms
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
-from ldm.models.convolution import MatmulConv
+from ldm.models.convolution import MatmulConv, pad_columns, pad_rows
 from ldm.models.kernels import AddBias, MergeHeads, Normalise, ScaleAndShift, ScaleShiftSiLU, SoftmaxAttention, SplitHeads
 
 
@@ -93,8 +93,7 @@ class Conv2d(nn.Cell):
         self.pads_first = self.by_matmul and isinstance(padding, tuple)
         if self.by_matmul:
             if self.pads_first:
-                top, bottom, left, right = padding
-                self.pad = ops.Pad(((0, 0), (0, 0), (top, bottom), (left, right)))
+                self.top, self.bottom, self.left, self.right = padding
             self.conv2d = MatmulConv(out_channels, stride, 0 if self.pads_first else padding)
         else:
             self.conv2d = ops.Conv2D(out_channels, kernel, pad_mode="pad", pad=padding, stride=stride)
@@ -103,7 +102,7 @@ class Conv2d(nn.Cell):
     def construct(self, x):
         x, weight = x.astype(self.dtype), self.weight.astype(self.dtype)
         if self.pads_first:
-            x = self.pad(x)
+            x = pad_columns(pad_rows(x, self.top, self.bottom), self.left, self.right)
         if self.by_matmul:  # float16 values, float32 sums, as an accelerator has them
             y = self.conv2d(x.astype(ms.float32), weight.astype(ms.float32)).astype(self.dtype)
         else:
