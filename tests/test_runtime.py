@@ -69,3 +69,23 @@ def test_log_lines_go_to_the_file_too(tmp_path, capsys):
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="no Ascend device"):
         runtime.start_device("Ascend", 0)
+
+
+def test_memory_is_short_where_training_would_not_fit():
+    assert not runtime.memory_is_short(1 << 20)
+    assert runtime.memory_is_short(1 << 50)
+
+
+@pytest.mark.parametrize("cached", ["1", "0"])
+def test_a_command_starts_again_once_and_finds_its_compile_cache(tmp_path, cached):
+    """With its arguments, and with the folder of compiled graphs that the first start was given; not at all without the cache."""
+    program = tmp_path / "command.py"
+    program.write_text(
+        "import os, sys\nfrom ldm import runtime\nprint(sys.argv[1:], os.environ['MS_COMPILER_CACHE_PATH'], flush=True)\n"
+        "os.environ['MS_COMPILER_CACHE_PATH'] += '/digest'\nruntime.start_again()\nprint('done')\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "DREAMBOOTH_STARTED_AGAIN"}
+    given = {"PYTHONPATH": str(ROOT), "MS_COMPILER_CACHE_PATH": "/graphs", "MS_COMPILER_CACHE_ENABLE": cached}
+    done = subprocess.run([sys.executable, program, "--a=b c"], env=clean | given, capture_output=True, text=True, check=True)
+    starts = 2 if cached == "1" else 1
+    assert done.stdout.splitlines() == ["['--a=b c'] /graphs"] * starts + ["done"]
