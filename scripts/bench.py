@@ -6,7 +6,7 @@
 Each side fills its networks with random weights of its own; values do not matter here (tests/ compare those). A figure is
 the median of its timed repetitions over all rounds; the first of every process is left out, since it compiles. The peer
 runs as its users run it: fused attention, default threads, in the memory layout (channels first or last) that is measured
-to be the faster, without the cap that ldm puts on oneDNN for MindSpore's sake. Nothing else should run meanwhile.
+to be the faster, without a cap on oneDNN's instruction set. Nothing else should run meanwhile.
 
 figures:
   step         a training step, UNet only, clipping and AdamW; the peer encodes its pictures in every step, as diffusers'

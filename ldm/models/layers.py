@@ -10,7 +10,7 @@ import mindspore as ms
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
-from ldm.models.convolution import MatmulConv, pad_columns, pad_rows
+from ldm.models.convolution import MatmulConv, pad_zeros
 from ldm.models.kernels import AddBias, MergeHeads, Normalise, ScaleAndShift, ScaleShiftSiLU, SoftmaxAttention, SplitHeads
 
 
@@ -102,7 +102,7 @@ class Conv2d(nn.Cell):
     def construct(self, x):
         x, weight = x.astype(self.dtype), self.weight.astype(self.dtype)
         if self.pads_first:
-            x = pad_columns(pad_rows(x, self.top, self.bottom), self.left, self.right)
+            x = pad_zeros(pad_zeros(x, 2, self.top, self.bottom), 3, self.left, self.right)
         if self.by_matmul:  # float16 values, float32 sums, as an accelerator has them
             y = self.conv2d(x.astype(ms.float32), weight.astype(ms.float32)).astype(self.dtype)
         else:
