@@ -31,6 +31,7 @@ class GELU(nn.Cell):
         return x * cdf, cdf
 
     def bprop(self, x, out, dout):
+        x = ops.depend(x, dout[0])
         pdf = self.exp(x * x * -0.5) * INV_SQRT_2PI
         return (dout[0] * (out[1] + x * pdf),)
 
@@ -51,8 +52,8 @@ class GatedGELU(nn.Cell):
         return value * activated, cdf
 
     def bprop(self, x, out, dout):
-        value, gate = self.halves(x)
         cdf, dy = out[1], dout[0]
+        value, gate = self.halves(ops.depend(x, dy))
         pdf = self.exp(gate * gate * -0.5) * INV_SQRT_2PI
         return (self.join((dy * gate * cdf, dy * value * (cdf + gate * pdf))),)
 
@@ -270,20 +271,23 @@ class SoftmaxAttention(nn.Cell):
         count = self.chunks(q, k)
         outputs = ()
         for part in self.parts(q, count):
-            p = self.probabilities(part, k)
-            outputs = outputs + (self.times(p.astype(v.dtype), v),)
+            if outputs:  # only when the previous part is done: its probabilities are then free
+                part = ops.depend(part, outputs[-1])
+            outputs = outputs + (self.times(self.probabilities(part, k).astype(v.dtype), v),)
         return self.join_rows(outputs) if count > 1 else outputs[0]
 
     def bprop(self, q, k, v, out, dout):
+        # without these dependences MindSpore would run what needs no gradient, or not the previous part's, as early as it can
+        q, k, v = ops.depend(q, dout), ops.depend(k, dout), ops.depend(v, dout)
         count = self.chunks(q, k)
         v_1 = self.join_columns((v, self.ones_like(v[:, :, :, :1])))
         dout_d = self.join_columns((dout, -self.row_sum(dout * out, -1)))
         q_parts, dout_parts, dout_d_parts = self.parts(q, count), self.parts(dout, count), self.parts(dout_d, count)
         dq, dk, dv = (), self.zeros_like(k), self.zeros_like(v)
         for i in range(count):
-            # only when the previous part is done: its probabilities are then free
             p = self.probabilities(ops.depend(q_parts[i], (dk, dv)), k)
-            ds = (p * self.times_transposed(dout_d_parts[i], v_1).astype(ms.float32)).astype(q.dtype)
+            dp = self.times_transposed(ops.depend(dout_d_parts[i], p), v_1)
+            ds = (p * dp.astype(ms.float32)).astype(q.dtype)
             dq = dq + (self.times(ds, k),)
             dk = dk + self.transposed_times(ds, q_parts[i])
             dv = dv + self.transposed_times(p.astype(v.dtype), dout_parts[i])
