@@ -52,7 +52,7 @@ def run(options: TrainOptions, config: ModelConfig) -> None:
     # Only now: importing mindspore takes seconds, which a typing error need not wait for.
     from ldm import checkpoint, data, pipeline
     from ldm.models.latent_diffusion import build_model
-    from ldm.trainer import MetricsFile, Trainer
+    from ldm.trainer import MetricsFile, Trainer, settle_recompute
 
     output = Path(options.output_path)
     instance_paths = data.load_instance_images(Path(options.instance_data_dir))
@@ -78,6 +78,7 @@ def run(options: TrainOptions, config: ModelConfig) -> None:
     samples = data.DreamBoothData(
         instance_paths, class_paths, options.train_data_repeats, options.image_size, options.random_crop, options.seed
     )
+    options = settle_recompute(options, model, config)
     moments = moments_of(model.first_stage_model, options, config, samples)
     # Only now: the cache numbers the graphs in their order, and which ones sampling and encoding have compiled up to here depends
     # on the class pictures and latents that were on the disk. What is compiled before this line is neither kept nor numbered.

@@ -63,6 +63,7 @@ class TrainOptions:
     init_loss_scale: float = option(512.0, "training", "first loss scale (float16 compute only)", least=1)
     loss_scale_factor: float = option(2.0, "training", "factor the loss scale grows and shrinks by", above=1)
     scale_window: int = option(200, "training", "updates without overflow before the loss scale grows", least=1)
+    recompute: bool | None = option(None, "training", "feed-forward layers in less memory, twice computed [where memory is short]")
     use_ema: bool = option(False, "training", "average the weights (decay 0.9999, warmed up); saved beside the weights")
 
     sampling_steps: int = option(50, "class pictures", "denoising steps", least=1)
@@ -229,7 +230,7 @@ def _make_parser(cls) -> argparse.ArgumentParser:
         choices = f" {{{','.join(map(str, meta['choices']))}}}" if meta["choices"] else ""
         text = f"{meta['text']}{choices} [{default}]" if not meta["text"].endswith("]") else meta["text"]
         extra = {"metavar": spec.name.rsplit("_", 1)[-1].upper()}
-        if spec.type is bool:
+        if spec.type in (bool, bool | None):
             extra = {"metavar": "BOOL", "nargs": "?", "const": "True"}
         elif isinstance(spec.default, tuple):
             extra = {"metavar": "VALUE", "nargs": "+"}

@@ -4,7 +4,9 @@
 writes checkpoints; it shows nothing itself but reports every update to its caller.
 """
 
+import dataclasses
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from ldm.config import ModelConfig
 from ldm.data import Draw, DreamBoothData
 from ldm.latent_cache import Moments
 from ldm.loss import DreamBoothLoss
+from ldm.models.attention import BasicTransformerBlock
 from ldm.models.autoencoder import posterior_sample
 from ldm.models.latent_diffusion import LatentDiffusion
 from ldm.optim import AdamW, LearningRate, LossScale, MovingAverage, zeros_beside
@@ -28,6 +31,7 @@ from ldm.options import TrainOptions
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 _scale = ops.MultitypeFuncGraph("scale")
 _add_to = ops.MultitypeFuncGraph("add_to")
@@ -164,6 +168,22 @@ class Report:
         )
 
 
+def trained_networks(model: LatentDiffusion, options: TrainOptions) -> list[nn.Cell]:
+    return [model.unet] + ([model.cond_stage_model] if options.train_text_encoder else [])
+
+
+def settle_recompute(options: TrainOptions, model: LatentDiffusion, config: ModelConfig) -> TrainOptions:
+    """The options with `recompute` decided where it was left open: on a CPU by the memory there is, else no."""
+    if options.recompute is not None:
+        return options
+    trained = sum(p.size for network in trained_networks(model, options) for p in network.get_parameters())
+    on_cpu = ms.get_context("device_target") == "CPU"
+    short = on_cpu and not config.unet.dropout and runtime.memory_is_short(4 * trained)
+    if short:
+        logger.info("memory is short: feed-forward layers are computed a second time in the backward pass, for about 5% of a step")
+    return dataclasses.replace(options, recompute=short)
+
+
 def total_updates(options: TrainOptions, data: DreamBoothData) -> int:
     """The updates of a whole run; the last one is filled up with samples of one epoch more."""
     return math.ceil(options.epochs * data.samples_per_epoch / options.samples_per_update)
@@ -185,13 +205,19 @@ class Trainer:
         self.samples_per_update = options.samples_per_update
         self.total_steps = total_updates(options, data)
 
-        trained = [model.unet] + ([model.cond_stage_model] if options.train_text_encoder else [])
+        trained = trained_networks(model, options)
         for parameter in model.get_parameters():
             parameter.requires_grad = False
         for network in trained:
             network.set_train(True)
             for parameter in network.get_parameters():
                 parameter.requires_grad = True
+        if options.recompute:
+            if config.unet.dropout:
+                raise ValueError("recompute with dropout: a second dropout would draw anew; set unet dropout to 0 or leave recompute out")
+            for _, cell in model.unet.cells_and_names():
+                if isinstance(cell, BasicTransformerBlock):
+                    cell.recompute_feed_forward()
         # Backwards through the networks: MindSpore orders its kernels from a graph's outputs, so that the gradient of a weight is
         # taken when the backward pass comes by, and what it is taken from need not be kept until the end.
         self.parameters = [p for network in trained for p in reversed(network.trainable_params())]

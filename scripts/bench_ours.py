@@ -54,13 +54,14 @@ def training(job, model, config):
 
     from ldm.data import DreamBoothData
     from ldm.models.autoencoder import posterior_sample
-    from ldm.trainer import Trainer
+    from ldm.trainer import Trainer, settle_recompute
 
     size, batch = config.image_size, job["batch"]
     options = TrainOptions(
         instance_prompt=job["prompts"][0], class_prompt=job["prompts"][1], image_size=size, train_batch_size=batch,
         train_text_encoder=job["train_text_encoder"], clip_grad=not job["train_text_encoder"], max_grad_norm=1.0,
     )  # fmt: skip
+    options = settle_recompute(options, model, config)
     latent_channels, side = config.autoencoder.latent_channels, size // config.autoencoder.downsampling
     shape = (2 * batch, latent_channels, side, side)
     rng = np.random.default_rng(0)

@@ -68,6 +68,7 @@ def test_default_then_file_then_flag(files):
 def test_booleans(files, text, value):
     assert train(files, f"--use_ema={text}").use_ema is value
     assert train(files, "--use_ema").use_ema is True
+    assert train(files, f"--recompute={text}").recompute is value
 
 
 def test_spellings(files):

@@ -109,7 +109,7 @@ def compare(tmp_path, config, options, with_class=True):
 VARIANTS = {
     "text_encoder_accumulation_clipping": dict(train_text_encoder=True, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5),
     "frozen_text_accumulation_clipping": dict(train_text_encoder=False, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5),
-    "text_encoder_plain": dict(train_text_encoder=True),
+    "text_encoder_recompute": dict(train_text_encoder=True, recompute=True),
 }
 
 

@@ -4,7 +4,7 @@ Attribute names are the checkpoint's parameter names.
 """
 
 import mindspore as ms
-from mindspore import nn
+from mindspore import nn, ops
 
 from ldm.models.kernels import GatedGELU
 from ldm.models.layers import Attention, Dense, GroupNorm, LayerNorm, PlacesToTokens, TokensToPlaces
@@ -47,7 +47,43 @@ class FeedForward(nn.Cell):
         return self.net(x)
 
 
+class RecomputedFeedForward(nn.Cell):
+    """A LayerNorm and a FeedForward of which only the input is kept for the backward pass, which computes them a second time.
+
+    What they keep otherwise is half of what a transformer block keeps, and little work beside attention and convolutions:
+    selective recomputation (Korthikanti et al. 2022). MindSpore does not let a cell with a gradient of its own use
+    parameters, so they come in as inputs.
+    """
+
+    def __init__(self, norm: LayerNorm, feed_forward: FeedForward) -> None:
+        super().__init__(auto_prefix=False)
+        self.function = NormAndFeedForward(norm, feed_forward)
+        self.gradient = ops.GradOperation(get_all=True, sens_param=True)
+
+    def construct(self, x, gamma, beta, proj_weight, proj_bias, weight, bias):
+        return self.function(x, gamma, beta, proj_weight, proj_bias, weight, bias)
+
+    def bprop(self, x, gamma, beta, proj_weight, proj_bias, weight, bias, out, dout):
+        x = ops.depend(x, dout)  # else MindSpore finds it all computed already in the forward pass, and keeps that
+        return self.gradient(self.function)(x, gamma, beta, proj_weight, proj_bias, weight, bias, dout)
+
+
+class NormAndFeedForward(nn.Cell):
+    """A LayerNorm and a FeedForward with parameters that are given."""
+
+    def __init__(self, norm: LayerNorm, feed_forward: FeedForward) -> None:
+        super().__init__(auto_prefix=False)
+        self.norm, self.proj = norm.apply, feed_forward.net[0].proj.apply
+        self.gated_gelu, self.dropout, self.out = feed_forward.net[0].gated_gelu, feed_forward.net[1], feed_forward.net[2].apply
+
+    def construct(self, x, gamma, beta, proj_weight, proj_bias, weight, bias):
+        h = self.gated_gelu(self.proj(self.norm(x, gamma, beta), proj_weight, proj_bias))[0]
+        return self.out(self.dropout(h), weight, bias)
+
+
 class BasicTransformerBlock(nn.Cell):
+    """Self-attention, cross-attention and feed-forward, each with its norm and around a residual."""
+
     def __init__(self, channels: int, context_dim: int, heads: int, dropout: float, dtype) -> None:
         super().__init__()
         self.attn1 = CrossAttention(channels, channels, heads, dropout, dtype)
@@ -56,11 +92,20 @@ class BasicTransformerBlock(nn.Cell):
         self.norm1 = LayerNorm(channels)
         self.norm2 = LayerNorm(channels)
         self.norm3 = LayerNorm(channels)
+        self.recomputes = False
+
+    def recompute_feed_forward(self) -> None:
+        """Train in less memory from now on. A dropout must be 0: it would draw anew."""
+        self.recomputes = True
+        self.recomputed = RecomputedFeedForward(self.norm3, self.ff)
 
     def construct(self, x, context):
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), context)
+        if self.recomputes:
+            proj, out = self.ff.net[0].proj, self.ff.net[2]
+            return x + self.recomputed(x, self.norm3.gamma, self.norm3.beta, proj.weight, proj.bias, out.weight, out.bias)
         return x + self.ff(self.norm3(x))
 
 

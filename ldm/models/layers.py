@@ -40,27 +40,31 @@ class Dense(nn.Cell):
         self.bias_add = AddBias() if _on_cpu() else ops.BiasAdd()
 
     def construct(self, x):
-        y = self.matmul(x.astype(self.dtype).reshape(-1, self.in_channels), self.weight.astype(self.dtype))
+        return self.apply(x, self.weight, self.bias if self.has_bias else None)
+
+    def apply(self, x, weight, bias):
+        """The layer with a weight and a bias that are given."""
+        y = self.matmul(x.astype(self.dtype).reshape(-1, self.in_channels), weight.astype(self.dtype))
         if self.has_bias:
-            y = self.bias_add(y, self.bias.astype(self.dtype))
+            y = self.bias_add(y, bias.astype(self.dtype))
         return y.reshape(x.shape[:-1] + (self.out_channels,))
 
 
 class PlacesToTokens(Dense):
     """A Dense layer over the channels of (B, C, H, W), with the answer as tokens (B, H*W, out)."""
 
-    # The product reads its operands transposed; a Transpose would keep 8 bytes per element for good on CPU.
+    # The product reads its operands transposed; a Transpose would keep 8 bytes per element for good on CPU. Sample by sample, since
+    # a batched product needs a copy of the weight for each sample.
     def __init__(self, in_channels: int, out_channels: int, dtype=ms.float32) -> None:
         super().__init__(in_channels, out_channels, dtype=dtype)
-        self.batched = ops.BatchMatMul(transpose_a=True, transpose_b=True)
+        self.product = ops.MatMul(transpose_a=True, transpose_b=True)
 
     def construct(self, x):
         batch, channels, height, width = x.shape
-        weight = ops.broadcast_to(
-            self.weight.astype(self.dtype).reshape(1, self.out_channels, channels), (batch, self.out_channels, channels)
-        )
-        y = self.batched(x.astype(self.dtype).reshape(batch, channels, height * width), weight)
-        y = self.bias_add(y.reshape(-1, self.out_channels), self.bias.astype(self.dtype))
+        weight, tokens = self.weight.astype(self.dtype), ()
+        for sample in ops.Split(0, batch)(x.astype(self.dtype)):
+            tokens = tokens + (self.product(sample.reshape(channels, height * width), weight),)
+        y = self.bias_add(ops.cat(tokens, 0), self.bias.astype(self.dtype))
         return y.reshape(batch, height * width, self.out_channels)
 
 
@@ -69,16 +73,15 @@ class TokensToPlaces(Dense):
 
     def __init__(self, in_channels: int, out_channels: int, dtype=ms.float32) -> None:
         super().__init__(in_channels, out_channels, dtype=dtype)
-        self.batched = ops.BatchMatMul(transpose_b=True)
         self.bias_add = ops.BiasAdd()
 
     def construct(self, x, height, width):
-        batch, _, channels = x.shape
-        weight = ops.broadcast_to(
-            self.weight.astype(self.dtype).reshape(1, self.out_channels, channels), (batch, self.out_channels, channels)
-        )
-        y = self.batched(weight, x.astype(self.dtype)).reshape(batch, self.out_channels, height, width)
-        return self.bias_add(y, self.bias.astype(self.dtype))
+        batch, length, channels = x.shape
+        weight, places = self.weight.astype(self.dtype), ()
+        for sample in ops.Split(0, batch)(x.astype(self.dtype)):
+            y = self.matmul(weight, sample.reshape(length, channels))
+            places = places + (y.reshape(1, self.out_channels, height, width),)
+        return self.bias_add(ops.cat(places, 0), self.bias.astype(self.dtype))
 
 
 class Conv2d(nn.Cell):
@@ -160,12 +163,16 @@ class LayerNorm(nn.Cell):
             self.normalise, self.scale_and_shift = Normalise(epsilon), ScaleAndShift()
 
     def construct(self, x):
+        return self.apply(x, self.gamma, self.beta)
+
+    def apply(self, x, gamma, beta):
+        """The layer with a scale and a shift that are given."""
         y = x.astype(ms.float32)
         if self.on_cpu:
             y = self.normalise(y.reshape(1, -1, self.channels, 1))[0]
-            y = self.scale_and_shift(y.reshape(-1, self.channels, 1, 1), self.gamma, self.beta).reshape(x.shape)
+            y = self.scale_and_shift(y.reshape(-1, self.channels, 1, 1), gamma, beta).reshape(x.shape)
         else:
-            y = self.norm(y, self.gamma, self.beta)[0]
+            y = self.norm(y, gamma, beta)[0]
         return y.astype(x.dtype)
 
 
