@@ -7,7 +7,7 @@ import torch
 from conftest import relative_error
 from mindspore import nn, ops
 
-from ldm.models.convolution import MatmulConv
+from ldm.models.convolution import MatmulConv, UpsampledConv
 from ldm.models.kernels import (
     GELU,
     AddBias,
@@ -158,3 +158,11 @@ def test_scale_shift_silu():
         return torch.nn.functional.silu(x * gamma[:, None, None] + beta[:, None, None])
 
     compare(ScaleShiftSiLU(), reference, (2, 6, 4, 5), (6,), (6,))
+
+
+def test_upsampled_conv():
+    def reference(x, weight):
+        return torch.nn.functional.conv2d(torch.nn.functional.interpolate(x, scale_factor=2.0), weight, padding=1)
+
+    # weights are added before they are multiplied: some last places of a float32
+    compare(UpsampledConv(4), reference, (2, 3, 5, 6), (4, 3, 3, 3), tolerance=5e-6)

@@ -5,8 +5,7 @@ import numpy as np
 from mindspore import nn
 
 from ldm.config import AutoencoderConfig
-from ldm.models.kernels import upsample_nearest
-from ldm.models.layers import Attention, Conv2d, GroupNorm, GroupNormSiLU
+from ldm.models.layers import Attention, Conv2d, GroupNorm, GroupNormSiLU, UpsampledConv2d
 
 EPSILON = 1e-6  # of every norm in the VAE
 
@@ -64,10 +63,10 @@ class Downsample(nn.Cell):
 class Upsample(nn.Cell):
     def __init__(self, channels: int, dtype) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1, dtype=dtype)
+        self.conv = UpsampledConv2d(channels, dtype)
 
     def construct(self, x):
-        return self.conv(upsample_nearest(x))
+        return self.conv(x)
 
 
 class Level(nn.Cell):

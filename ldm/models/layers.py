@@ -10,8 +10,17 @@ import mindspore as ms
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
-from ldm.models.convolution import MatmulConv, pad_zeros
-from ldm.models.kernels import AddBias, MergeHeads, Normalise, ScaleAndShift, ScaleShiftSiLU, SoftmaxAttention, SplitHeads
+from ldm.models.convolution import MatmulConv, UpsampledConv, pad_zeros
+from ldm.models.kernels import (
+    AddBias,
+    MergeHeads,
+    Normalise,
+    ScaleAndShift,
+    ScaleShiftSiLU,
+    SoftmaxAttention,
+    SplitHeads,
+    upsample_nearest,
+)
 
 
 def _on_cpu() -> bool:
@@ -111,6 +120,18 @@ class Conv2d(nn.Cell):
         else:
             y = self.conv2d(x, weight)
         return self.bias_add(y, self.bias.astype(self.dtype))
+
+
+class UpsampledConv2d(Conv2d):
+    """Nearest up-sampling of (B, C, H, W) to twice the size, then a 3x3 convolution."""
+
+    def __init__(self, channels: int, dtype=ms.float32) -> None:
+        super().__init__(channels, channels, 3, padding=1, dtype=dtype)
+        if self.by_matmul:
+            self.conv2d = UpsampledConv(channels)
+
+    def construct(self, x):
+        return super().construct(x if self.by_matmul else upsample_nearest(x))
 
 
 class GroupNorm(nn.Cell):
