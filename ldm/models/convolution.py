@@ -78,6 +78,8 @@ class MatmulConv(nn.Cell):
         outputs = ()
         for i in range(bands):
             start = i * rows * self.stride
+            if outputs:  # one band after the other: MindSpore would unfold them all at first
+                x = ops.depend(x, outputs[-1])
             band = x[:, :, start : start + (rows - 1) * self.stride + 3]
             y = self.times(flat, self.unfold_band(band).reshape(batch, 9 * channels, -1))
             outputs = outputs + (y.reshape(batch, self.channels, rows, out_width),)
