@@ -127,15 +127,15 @@ def test_row_sum():
 
 
 @pytest.mark.parametrize("stride, padding", [(1, 1), (2, 1), (2, 0)])
-@pytest.mark.parametrize("channels", [5, 70], ids=["batched", "by_sample"])
+@pytest.mark.parametrize("channels, inputs", [(5, 3), (70, 420)], ids=["batched", "by_sample"])
 @pytest.mark.parametrize("columns_bytes", [1 << 30, 2000], ids=["whole", "in_bands"])
-def test_matmul_conv(stride, padding, channels, columns_bytes):
+def test_matmul_conv(stride, padding, channels, inputs, columns_bytes):
     cell = MatmulConv(channels, stride, padding, columns_bytes)
 
     def reference(x, weight):
         return torch.nn.functional.conv2d(x, weight, stride=stride, padding=padding)
 
-    shapes = (2, 3, 9 if padding == 0 else 8, 9), (channels, 3, 3, 3)
+    shapes = (2, inputs, 9 if padding == 0 else 8, 9), (channels, inputs, 3, 3)
     # sums over batch and places in another order: some last places of a float32
     compare(cell, reference, *shapes, tolerance=5e-6)
 

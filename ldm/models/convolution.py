@@ -19,6 +19,11 @@ def pad_zeros(x, axis, before, after):
     return ops.cat(parts, axis)
 
 
+def is_small(weight) -> bool:
+    """Whether a copy of the weight for each sample costs less than a product for each sample."""
+    return 4 * weight.size <= 1 << 20
+
+
 class MatmulConv(nn.Cell):
     """Convolution of (B, C, H, W) by a 3x3 weight, as matrix products on the unfolded input (im2col).
 
@@ -43,9 +48,9 @@ class MatmulConv(nn.Cell):
         self.join, self.join_rows = ops.Concat(0), ops.Concat(2)
         self.row_sum = RowSum()
 
-    def by_sample(self, batch, places):
+    def by_sample(self, weight, batch, places):
         """Whether the weight is too large to be copied for each sample, which BatchMatMul needs."""
-        return batch == 1 or self.channels > places
+        return batch == 1 or (self.channels > places and not is_small(weight))
 
     def for_each(self, weight, batch):
         return ops.broadcast_to(weight.reshape((1,) + weight.shape), (batch,) + weight.shape)
@@ -55,7 +60,7 @@ class MatmulConv(nn.Cell):
         batch = columns.shape[0]
         if batch == 1:
             return self.matmul(weight, columns.reshape(columns.shape[1:])).reshape(1, self.channels, -1)
-        if not self.by_sample(batch, columns.shape[2]):
+        if not self.by_sample(weight, batch, columns.shape[2]):
             return self.batched(self.for_each(weight, batch), columns)
         outputs = ()
         for part in ops.Split(0, batch)(columns):
@@ -92,7 +97,7 @@ class MatmulConv(nn.Cell):
         x, flat = ops.depend(x, dout), ops.depend(weight, dout).reshape(self.channels, -1)
         dout = dout.reshape(batch, self.channels, -1)
         size = Tensor([height, width], ms.int32)
-        if not self.by_sample(batch, dout.shape[2]):
+        if not self.by_sample(weight, batch, dout.shape[2]):
             columns = self.unfold_padded(x).reshape(batch, 9 * channels, -1)
             d_weight = self.row_sum(self.batched_b(dout, columns).reshape(batch, -1))
             d_columns = self.batched_a(self.for_each(flat, batch), dout)

@@ -10,7 +10,7 @@ import mindspore as ms
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
-from ldm.models.convolution import MatmulConv, UpsampledConv, pad_zeros
+from ldm.models.convolution import MatmulConv, UpsampledConv, is_small, pad_zeros
 from ldm.models.kernels import (
     AddBias,
     MergeHeads,
@@ -62,18 +62,25 @@ class Dense(nn.Cell):
 class PlacesToTokens(Dense):
     """A Dense layer over the channels of (B, C, H, W), with the answer as tokens (B, H*W, out)."""
 
-    # The product reads its operands transposed; a Transpose would keep 8 bytes per element for good on CPU. Sample by sample, since
-    # a batched product needs a copy of the weight for each sample.
+    # The product reads its operands transposed; a Transpose would keep 8 bytes per element for good on CPU. A batched product needs a
+    # copy of the weight for each sample, so a large weight is multiplied sample by sample.
     def __init__(self, in_channels: int, out_channels: int, dtype=ms.float32) -> None:
         super().__init__(in_channels, out_channels, dtype=dtype)
         self.product = ops.MatMul(transpose_a=True, transpose_b=True)
+        self.batched = ops.BatchMatMul(transpose_a=True, transpose_b=True)
 
     def construct(self, x):
         batch, channels, height, width = x.shape
-        weight, tokens = self.weight.astype(self.dtype), ()
-        for sample in ops.Split(0, batch)(x.astype(self.dtype)):
-            tokens = tokens + (self.product(sample.reshape(channels, height * width), weight),)
-        y = self.bias_add(ops.cat(tokens, 0), self.bias.astype(self.dtype))
+        x, weight = x.astype(self.dtype), self.weight.astype(self.dtype)
+        if is_small(self.weight):
+            y = self.batched(x.reshape(batch, channels, height * width), ops.broadcast_to(weight, (batch,) + weight.shape))
+            y = y.reshape(-1, self.out_channels)
+        else:
+            tokens = ()
+            for sample in ops.Split(0, batch)(x):
+                tokens = tokens + (self.product(sample.reshape(channels, height * width), weight),)
+            y = ops.cat(tokens, 0)
+        y = self.bias_add(y, self.bias.astype(self.dtype))
         return y.reshape(batch, height * width, self.out_channels)
 
 
@@ -82,15 +89,20 @@ class TokensToPlaces(Dense):
 
     def __init__(self, in_channels: int, out_channels: int, dtype=ms.float32) -> None:
         super().__init__(in_channels, out_channels, dtype=dtype)
+        self.batched = ops.BatchMatMul(transpose_b=True)
         self.bias_add = ops.BiasAdd()
 
     def construct(self, x, height, width):
         batch, length, channels = x.shape
-        weight, places = self.weight.astype(self.dtype), ()
-        for sample in ops.Split(0, batch)(x.astype(self.dtype)):
-            y = self.matmul(weight, sample.reshape(length, channels))
-            places = places + (y.reshape(1, self.out_channels, height, width),)
-        return self.bias_add(ops.cat(places, 0), self.bias.astype(self.dtype))
+        x, weight = x.astype(self.dtype), self.weight.astype(self.dtype)
+        if is_small(self.weight):
+            y = self.batched(ops.broadcast_to(weight, (batch,) + weight.shape), x)
+        else:
+            places = ()
+            for sample in ops.Split(0, batch)(x):
+                places = places + (self.matmul(weight, sample.reshape(length, channels)),)
+            y = ops.cat(places, 0)
+        return self.bias_add(y.reshape(batch, self.out_channels, height, width), self.bias.astype(self.dtype))
 
 
 class Conv2d(nn.Cell):
