@@ -20,7 +20,7 @@ figures:
                folder of compiled graphs (round 1), and with the one that round 1 left behind
   sample       pictures with guidance, PLMS / PNDM
   memory       resident memory late in a training against early in it
-Every training figure also gives the peak resident memory of its processes.
+Every figure in seconds but `start` also gives the peak resident memory of its processes.
 """
 
 import argparse
@@ -182,6 +182,10 @@ def seconds(runs: list[dict]) -> float:
     return median(second for run in runs for second in run["seconds"])
 
 
+def peak(runs: list[dict]) -> float:
+    return max(run["peak_gib"] for run in runs)
+
+
 def start_up(run: dict) -> float:
     return run["first"] - median(run["seconds"])
 
@@ -195,7 +199,7 @@ def figures(kind: str, runs: Runs):
     if kind in ("step", "step_cached", "text_step"):
         results = runs.training(kind)
         yield row(names[kind], "s", results, seconds)
-        yield row(f"peak_memory_{names[kind]}", "GiB", results, lambda those: max(run["peak_gib"] for run in those))
+        yield row(f"peak_memory_{names[kind]}", "GiB", results, peak)
     elif kind == "start":
         ours, peer = runs.training("step", least_rounds=2).values()
         for turn, name in enumerate(("first_step_cold", "first_step_cached")):
@@ -207,7 +211,9 @@ def figures(kind: str, runs: Runs):
         flat = row("memory_flat", "late / early", results, lambda those: those[0]["resident_gib"][1] / those[0]["resident_gib"][0])
         yield flat | {"ratio": flat["ours"]}
     else:
-        yield row(names[kind], "s", runs.drawing(kind), seconds)
+        results = runs.drawing(kind)
+        yield row(names[kind], "s", results, seconds)
+        yield row(f"peak_memory_{names[kind]}", "GiB", results, peak)
 
 
 def processor() -> str:

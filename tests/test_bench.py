@@ -29,9 +29,10 @@ def test_a_side_that_dies_leaves_a_row_that_says_so(tmp_path):
     preset = bench.presets()["smoke"]
     runs = bench.Runs(preset, 2, tmp_path)
     runs.results["ours", ("task", "decode")] = [{"error": "killed by signal 9"}]
-    runs.results["peer", ("task", "decode")] = [{"seconds": [1.0, 3.0]}, {"seconds": [2.0]}]
-    (figure,) = bench.figures("decode", runs)
+    runs.results["peer", ("task", "decode")] = [{"seconds": [1.0, 3.0], "peak_gib": 4.0}, {"seconds": [2.0], "peak_gib": 5.0}]
+    figure, memory = bench.figures("decode", runs)
     assert figure == {"name": "vae_decode", "ours": None, "peer": 2.0, "ratio": None, "unit": "s", "error": "ours: killed by signal 9"}
+    assert (memory["name"], memory["ours"], memory["peer"]) == ("peak_memory_vae_decode", None, 5.0)
     assert bench.line(figure).endswith("killed by signal 9")
 
 

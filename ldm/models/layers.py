@@ -27,6 +27,11 @@ def _on_cpu() -> bool:
     return ms.get_context("device_target") == "CPU"
 
 
+def has_flash_attention(device_name: str) -> bool:
+    """Whether CANN has MindSpore's fused attention: on the Atlas A2 and A3 training series, not on the first Ascend 910."""
+    return device_name.startswith(("Ascend910B", "Ascend910_93"))
+
+
 def _weight(*shape: int) -> Parameter:
     return Parameter(initializer(HeUniform(math.sqrt(5)), shape, ms.float32), name="weight")
 
@@ -212,15 +217,19 @@ class LayerNorm(nn.Cell):
 class Attention(nn.Cell):
     """Multi-head attention on q (B, N, heads * d), k and v (B, M, heads * d): softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
 
-    With `causal`, N and M are `length` and position i sees positions 0 to i only.
+    With `causal`, N and M are `length` and position i sees positions 0 to i only. Fused where the device can; never run so far.
     """
 
     def __init__(self, heads: int, causal: bool = False, length: int = 0) -> None:
         super().__init__()
         self.heads = heads
+        self.can_fuse = not causal and not _on_cpu() and has_flash_attention(ms.hal.get_device_name(0))
         self.split_heads, self.merge_heads = SplitHeads(heads), MergeHeads(heads)
         self.softmax_attention = SoftmaxAttention(causal, length)
 
     def construct(self, q, k, v):
-        q = q * (q.shape[2] // self.heads) ** -0.5
+        head_channels = q.shape[2] // self.heads
+        if self.can_fuse and q.dtype == ms.float16 and head_channels % 16 == 0 and head_channels <= 512:  # what the kernel takes
+            return ops.flash_attention_score(q, k, v, self.heads, scalar_value=head_channels**-0.5, input_layout="BSH")
+        q = q * head_channels**-0.5
         return self.merge_heads(self.softmax_attention(self.split_heads(q), self.split_heads(k), self.split_heads(v)))
