@@ -182,10 +182,6 @@ def seconds(runs: list[dict]) -> float:
     return median(second for run in runs for second in run["seconds"])
 
 
-def peak(runs: list[dict]) -> float:
-    return max(run["peak_gib"] for run in runs)
-
-
 def start_up(run: dict) -> float:
     return run["first"] - median(run["seconds"])
 
@@ -196,11 +192,7 @@ def figures(kind: str, runs: Runs):
         "step": "train_step_encode", "step_cached": "train_step_cached", "text_step": "train_step_text_encoder",
         "denoise": "denoise_step", "decode": "vae_decode", "sample": f"sample_{runs.preset.sampling_steps}_steps",
     }  # fmt: skip
-    if kind in ("step", "step_cached", "text_step"):
-        results = runs.training(kind)
-        yield row(names[kind], "s", results, seconds)
-        yield row(f"peak_memory_{names[kind]}", "GiB", results, peak)
-    elif kind == "start":
+    if kind == "start":
         ours, peer = runs.training("step", least_rounds=2).values()
         for turn, name in enumerate(("first_step_cold", "first_step_cached")):
             yield row(name, "s", {"ours": [ours[turn]], "peer": peer}, lambda those: median(map(start_up, those)))
@@ -211,9 +203,9 @@ def figures(kind: str, runs: Runs):
         flat = row("memory_flat", "late / early", results, lambda those: those[0]["resident_gib"][1] / those[0]["resident_gib"][0])
         yield flat | {"ratio": flat["ours"]}
     else:
-        results = runs.drawing(kind)
+        results = runs.training(kind) if kind in ("step", "step_cached", "text_step") else runs.drawing(kind)
         yield row(names[kind], "s", results, seconds)
-        yield row(f"peak_memory_{names[kind]}", "GiB", results, peak)
+        yield row(f"peak_memory_{names[kind]}", "GiB", results, lambda those: max(run["peak_gib"] for run in those))
 
 
 def processor() -> str:
