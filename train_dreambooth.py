@@ -3,7 +3,11 @@
 import dataclasses
 import json
 import logging
+import os
+import shlex
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -11,111 +15,226 @@ from tqdm.auto import tqdm
 from ldm import runtime
 from ldm.config import ConfigError, ModelConfig, fail, read_model_config
 from ldm.options import TrainOptions, parse_options
+from ldm.ranks import ALONE, Ranks, check_launch, join
 
 logger = logging.getLogger("train_dreambooth")
 
 
-def prepare(argv: list[str] | None) -> tuple[TrainOptions, ModelConfig]:
-    """Options and model configuration, checked; the output folder, with the effective configuration in it."""
+def read_options(argv: list[str] | None) -> tuple[TrainOptions, ModelConfig]:
     options = parse_options(TrainOptions, argv)
     config = read_model_config(options.model_config)
     config.check_size(image_size=options.image_size)
-    output = Path(options.output_path)
-    output.mkdir(parents=True, exist_ok=True)
-    earlier = sorted(output.glob("dreambooth_epoch_*"))
-    if earlier:
-        raise ConfigError(f"output_path {output}: holds {earlier[0].name} of an earlier run; give another folder or remove it")
-    runtime.start_logging(options.log_level, output / "train.log")
-    effective = {"options": dataclasses.asdict(options), "model": dataclasses.asdict(config)}
-    runtime.write_text(output / "effective_config.json", json.dumps(effective, indent=2) + "\n")
+    check_launch(options.use_parallel)
     return options, config
 
 
-def moments_of(autoencoder, options: TrainOptions, config: ModelConfig, samples):
+def take_output_folder(options: TrainOptions, config: ModelConfig) -> None:
+    """Lock the output folder and leave the effective configuration there. Raises ConfigError where another run has used it."""
+    output = Path(options.output_path)
+    output.mkdir(parents=True, exist_ok=True)
+    runtime.lock_folder(output)
+    earlier = sorted([*output.glob("dreambooth_epoch_*"), *output.glob("states/step_*")])
+    if earlier and not options.resume:
+        found = earlier[-1].relative_to(output)
+        raise ConfigError(
+            f"output_path {output}: holds {found} of an earlier run; give another folder, or --resume=latest to go on with it"
+        )
+    runtime.start_logging(options.log_level, output / "train.log")
+    effective = {"options": dataclasses.asdict(options), "model": dataclasses.asdict(config)}
+    runtime.write_text(output / "effective_config.json", json.dumps(effective, indent=2) + "\n")
+
+
+def find_state(options: TrainOptions, states):
+    """The state to go on from, or None for a start from the beginning."""
+    from ldm.run_state import read_state
+
+    if options.resume is None:
+        return None
+    state = states.latest() if options.resume == "latest" else read_state(Path(options.resume))
+    if state is None:
+        logger.info("resume: no state there yet, starting from the beginning")
+    return state
+
+
+def origin_of(options: TrainOptions, config: ModelConfig, instance_paths: list[Path], class_paths: list[Path], ranks: Ranks) -> dict:
+    """What a training's result follows from, to be compared when it is resumed."""
+    from ldm.run_state import fingerprint
+
+    return {
+        **options.training_facts(),
+        "instance pictures an update": options.samples_per_update * ranks.size,
+        "instance pictures": fingerprint(instance_paths),
+        "class pictures": fingerprint(class_paths),
+        "base model": fingerprint([options.checkpoint]),
+        "model configuration": json.loads(json.dumps(dataclasses.asdict(config))),
+    }
+
+
+def compare_origins(saved: dict, now: dict, allowed: bool) -> None:
+    """Raises ConfigError where a resumed training would not be the one that was begun, unless that is allowed."""
+    changes = [f"{name} {saved.get(name)} -> {now.get(name)}" for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    if changes and not allowed:
+        raise ConfigError(
+            f"resume: changed since the state was saved: {'; '.join(changes)}; --allow_changed_options=True goes on all the same"
+        )
+    for change in changes:
+        logger.warning("resume: changed: %s", change)
+
+
+def prepare_class_images(options: TrainOptions, model, config: ModelConfig, ranks: Ranks) -> tuple[list[Path], bool]:
+    """The class pictures, after sampling the missing ones; and whether this process sampled any."""
+    from ldm import pipeline
+
+    folder = Path(options.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    there = pipeline.valid_class_images(folder)
+    numbers = pipeline.missing_class_numbers(folder, options.num_class_images - len(there))
+    ranks.wait()  # all have looked before one writes
+    if not numbers:
+        return there, False
+    if ranks.is_first:
+        logger.info("class pictures: %d there, %d wanted; sampling %d", len(there), options.num_class_images, len(numbers))
+    share = ranks.share(numbers)
+    new = pipeline.sample_class_images(
+        pipeline.TextToImage(model, config), folder, options.class_prompt, share, seed=options.seed,
+        batch_size=options.sample_batch_size, steps=options.sampling_steps, guidance_scale=options.guidance_scale,
+        size=options.image_size,
+    )  # fmt: skip
+    for _ in tqdm(new, "class pictures", total=len(share), unit="picture", disable=None if ranks.is_first else True):
+        pass
+    ranks.wait()
+    return sorted(there + [pipeline.class_image_path(folder, number) for number in numbers]), bool(share)
+
+
+def moments_of(autoencoder, options: TrainOptions, config: ModelConfig, samples, ranks: Ranks):
     """Where the trainer gets the moments of the samples from: the latent cache, filled, or the VAE in every step."""
     from ldm.latent_cache import Encoding, LatentCache, encoder_digest
     from ldm.trainer import total_updates
 
     if not options.cache_latents:
         return Encoding(autoencoder, samples)
+    count = total_updates(options, samples, ranks) * options.samples_per_update * ranks.size
     cache = LatentCache(samples, config, encoder_digest(autoencoder, config), runtime.cache_folder() / "latents")
-    found, missing = cache.load(total_updates(options, samples) * options.samples_per_update)
-    logger.info("latents: %d there, encoding %d", found, missing)
+    found, missing = cache.load(count)
+    ranks.wait()  # all have looked before one writes
+    if ranks.is_first:
+        logger.info("latents: %d there, encoding %d", found, missing)
     batch_size = options.train_batch_size * (2 if samples.class_paths else 1)
-    with tqdm(total=missing, desc="latents", unit="picture", disable=None if missing else True) as bar:
-        for count in cache.encode(autoencoder, batch_size):
-            bar.update(count)
+    with tqdm(total=missing, desc="latents", unit="picture", disable=None if missing and ranks.is_first else True) as bar:
+        for encoded in cache.encode(autoencoder, batch_size, ranks.share):
+            bar.update(encoded * ranks.size)
+    ranks.wait()
+    if cache.load(count)[1]:  # what the other processes have encoded
+        raise ValueError(f"{runtime.cache_folder()}: not shared by all processes; give them one XDG_CACHE_HOME, or --cache_latents=False")
     return cache
 
 
-def run(options: TrainOptions, config: ModelConfig) -> None:
-    # Only now: importing mindspore takes seconds, which a typing error need not wait for.
-    from ldm import checkpoint, data, pipeline
+def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, signals: runtime.StopSignals) -> None:
+    from ldm import checkpoint, data
     from ldm.models.latent_diffusion import build_model
-    from ldm.trainer import MetricsFile, Trainer, settle_recompute
+    from ldm.run_state import States
+    from ldm.trainer import Trainer, settle_recompute
 
     output = Path(options.output_path)
+    states = States(output / "states", options.keep_checkpoints)
+    if ranks.is_first:
+        take_output_folder(options, config)
+        states.remove_litter()
+    else:
+        runtime.start_logging("WARNING")
+    ranks.wait()
+    state = find_state(options, states)
     instance_paths = data.load_instance_images(Path(options.instance_data_dir))
-    class_paths, missing = [], 0
-    if options.with_prior_preservation:
-        class_folder = Path(options.class_data_dir)
-        class_folder.mkdir(parents=True, exist_ok=True)
-        class_paths = pipeline.valid_class_images(class_folder)
-        missing = max(0, options.num_class_images - len(class_paths))
-    device = runtime.start_device(options.device, options.mode)
     model = build_model(config)
     checkpoint.load_weights(model, checkpoint.read_checkpoint(options.checkpoint), str(options.checkpoint))
-    if missing:
-        logger.info("class pictures: %d there, %d wanted; sampling %d", len(class_paths), options.num_class_images, missing)
-        new = pipeline.sample_class_images(
-            pipeline.TextToImage(model, config), class_folder, options.class_prompt, missing, seed=options.seed,
-            batch_size=options.sample_batch_size, steps=options.sampling_steps, guidance_scale=options.guidance_scale,
-            size=options.image_size,
-        )  # fmt: skip
-        class_paths += list(tqdm(new, "class pictures", total=missing, unit="picture", disable=None))
-    class_paths = sorted(class_paths)
+    class_paths, sampled = prepare_class_images(options, model, config, ranks) if options.with_prior_preservation else ([], False)
+    origin = origin_of(options, config, instance_paths, class_paths, ranks)
+    if state:
+        compare_origins(state.origin, origin, options.allow_changed_options)
 
     samples = data.DreamBoothData(
         instance_paths, class_paths, options.train_data_repeats, options.image_size, options.random_crop, options.seed
     )
     options = settle_recompute(options, model, config)
-    moments = moments_of(model.first_stage_model, options, config, samples)
+    moments = moments_of(model.first_stage_model, options, config, samples, ranks)
     # Only now: the cache numbers the graphs in their order, and which ones sampling and encoding have compiled up to here depends
     # on the class pictures and latents that were on the disk. What is compiled before this line is neither kept nor numbered.
-    # `missing` remains a fact: a frozen text encoder is not compiled again below if sampling has already done so.
+    # `sampled` remains a fact: a frozen text encoder is not compiled again below if sampling has already done so.
     if options.compile_cache and options.mode == 0:
-        runtime.enable_compile_cache("train", options.graph_facts(), config, bool(missing) and not options.train_text_encoder)
-    trainer = Trainer(model, config, options, samples, moments)
+        runtime.enable_compile_cache("train", options.graph_facts(), config, sampled and not options.train_text_encoder, ranks)
+    trainer = Trainer(model, config, options, samples, moments, ranks)
     if options.cache_latents:
         trainer.release_frozen(output)
-    if options.compile_cache and options.mode == 0 and device == "CPU" and runtime.memory_is_short(4 * trainer.trained_values):
+    compiles_first = options.compile_cache and options.mode == 0 and device == "CPU" and ranks.size == 1
+    if compiles_first and runtime.memory_is_short(4 * trainer.trained_values):
         logger.info("memory is short: compiling, then starting again without what preparing and compiling leave in it")
         trainer.compile()
         runtime.start_again()
-    metrics = MetricsFile(output / "metrics.jsonl")
+    if state:
+        trainer.restore(state.arrays, state.progress, str(state.path))
+        logger.info("resumed from %s: %d of %d updates done", state.path, trainer.global_step, trainer.total_steps)
+    trainer.require_equal_weights()
     logger.info("training %.1fM values on %d pictures: %d updates", trainer.trained_values / 1e6, len(instance_paths), trainer.total_steps)
+    with signals.postponed():
+        train(trainer, states, origin, signals)
+    path = output / f"dreambooth_epoch_{options.epochs}.ckpt"
+    logger.info("done; draw with: python text_to_image.py --config %s --ckpt_path %s --prompt ...", options.model_config, path)
+
+
+def train(trainer, states, origin: dict, signals: runtime.StopSignals) -> None:
+    """Train to the end, or until a signal; rank 0 writes reports, checkpoints and states."""
+    from ldm.run_state import MetricsFile
+
+    options, ranks, output = trainer.options, trainer.ranks, Path(trainer.options.output_path)
+    metrics = MetricsFile(output / "metrics.jsonl", trainer.global_step) if ranks.is_first else None
     logger.info("compiling; the first step takes a while")
-    with tqdm(total=trainer.total_steps, desc="training", unit="step", disable=None) as bar:
+    disable = None if ranks.is_first else True
+    with tqdm(total=trainer.total_steps, initial=trainer.global_step, desc="training", unit="step", disable=disable) as bar:
         for report in trainer.run():
-            metrics.write(report)
+            if metrics:
+                metrics.write(dataclasses.asdict(report))
             bar.update()
             if report.global_step % options.callback_size == 0 or report.skipped:
                 logger.info(report.line())
             epoch = trainer.finished_epoch()
-            if epoch and (epoch % options.ckpt_save_interval == 0 or epoch == options.epochs):
+            stops = ranks.any(signals.received is not None)
+            saves = bool(epoch) and (epoch % options.ckpt_save_interval == 0 or epoch == options.epochs)
+            saves_state = stops or (report.global_step % options.save_every == 0 if options.save_every else saves)
+            if saves or saves_state:
+                trainer.require_equal_weights()
+            if saves and ranks.is_first:
                 for path in trainer.save(output, epoch):
                     logger.info("saved %s", path)
-    logger.info("done; draw with: python text_to_image.py --config %s --ckpt_path %s --prompt ...", options.model_config, path)
+            if saves_state and ranks.is_first:
+                logger.info("saved %s", states.save(*trainer.state(), origin))
+            if stops and report.global_step < trainer.total_steps:
+                ranks.wait()  # until the state is on the disk
+                raise runtime.Interrupted(128 + (signals.received or signal.SIGTERM))
 
 
 def main(argv: list[str] | None = None) -> None:
+    signals = runtime.StopSignals()
+    name, ranks = "train_dreambooth.py", ALONE
     try:
-        options, config = prepare(argv)
-        run(options, config)
+        options, config = read_options(argv)
+        # After that: importing mindspore takes seconds, which a typing error need not wait for. Before anything is written: msrun runs
+        # this in its scheduler, too, which ends in `join`.
+        device = runtime.start_device(options.device, options.mode)
+        if options.use_parallel:
+            ranks = join(device)
+            name = f"{name}: rank {ranks.rank}"
+        run(options, config, ranks, device, signals)
     except (ValueError, FloatingPointError, OSError) as error:
-        fail("train_dreambooth.py", error)
-    except KeyboardInterrupt:
-        sys.exit("train_dreambooth.py: interrupted")
+        fail(name, error, at_once=ranks.size > 1)
+    except runtime.Interrupted:
+        if ranks.is_first:
+            print(f"stopped; go on with: python {shlex.join([*sys.argv, '--resume=latest'])}", file=sys.stderr)
+        raise
+    except BaseException:
+        if ranks.size == 1:
+            raise
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoint files: read, load strictly, write atomically. Names are the official checkpoint's (sd_v2_base-57526ee4.ckpt)."""
 
+import hashlib
 import logging
 import os
 import tempfile
@@ -38,12 +39,18 @@ def _examples(names) -> str:
 
 
 def load_weights(net: nn.Cell, weights: Mapping[str, np.ndarray], source: str) -> None:
-    """Fill every parameter of `net` from `weights`, cast to the parameter's dtype; all or nothing. Asks twice for each array, in turn.
+    """Fill every parameter of `net` from `weights`, as `fill` does."""
+    parameters = weights_of(net)
+    fill(parameters, weights, source)
+    logger.info("%s: %d parameters, %.1fM values", source, len(parameters), sum(p.size for p in parameters.values()) / 1e6)
+
+
+def fill(parameters: Mapping[str, ms.Parameter], weights: Mapping[str, np.ndarray], source: str) -> None:
+    """Fill every one of `parameters` from `weights`, cast to its dtype; all or nothing. Asks twice for each array, in turn.
 
     Raises:
         ValueError: names are missing or unknown, or an array is of another shape, no float array or not finite; with counts and examples.
     """
-    parameters = weights_of(net)
     missing, extra = parameters.keys() - weights.keys(), weights.keys() - parameters.keys()
     shapes, kinds, infinite = [], [], []
     for name, parameter in parameters.items():
@@ -68,7 +75,6 @@ def load_weights(net: nn.Cell, weights: Mapping[str, np.ndarray], source: str) -
         raise ValueError(f"{source}: does not fit the model configuration, parameters {found}; is it the right pair of files?")
     for name, parameter in parameters.items():
         parameter.set_data(ms.Tensor(_cast(weights[name], parameter)))
-    logger.info("%s: %d parameters, %.1fM values", source, len(parameters), sum(p.size for p in parameters.values()) / 1e6)
 
 
 def _cast(values: np.ndarray, parameter: ms.Parameter) -> np.ndarray:
@@ -82,8 +88,11 @@ def _is_finite(values: np.ndarray) -> bool:
         return bool(np.isfinite(values.sum(dtype=np.float64)))
 
 
-def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path) -> None:
+def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path) -> str:
     """Write a checkpoint, .ckpt (MindSpore) or .safetensors by its suffix, under a temporary name that is then renamed.
+
+    Returns:
+        The SHA-256 of the file.
 
     Raises:
         ValueError: a value is no array, or of a dtype that cannot be stored.
@@ -96,14 +105,25 @@ def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path) -> N
         else:
             with open(partial, "wb") as file:
                 write_ckpt(file, ((name, _array(value)) for name, value in weights.items()))
-        _to_disk(partial)
+        to_disk(partial)
+        digest = sha256_of(partial)
         os.replace(partial, path)
-        _to_disk(path.parent)  # the new name, too, is to outlive a power cut
+        to_disk(path.parent)  # the new name, too, is to outlive a power cut
+        return digest
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _to_disk(path: Path) -> None:
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

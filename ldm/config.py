@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -193,7 +194,9 @@ def read_model_config(path: str | Path) -> ModelConfig:
     return config
 
 
-def fail(command: str, error: Exception) -> typing.NoReturn:
-    """End a command for an error that is the user's to mend: one line, exit status 2."""
-    print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+def fail(command: str, error: Exception, at_once: bool = False) -> typing.NoReturn:
+    """End a command for an error that is the user's to mend: one line, exit status 2. `at_once`: without any farewell to other processes."""
+    print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if at_once:
+        os._exit(2)
     sys.exit(2)

@@ -120,7 +120,7 @@ class DreamBoothData:
         rng = stream(self.seed, draw.noise_purpose, draw.sample)
         return int(rng.integers(timesteps)), *rng.standard_normal((2, *shape), dtype=np.float32)
 
-    def batches(self, batch_size: int, count: int, start: int = 0) -> Iterator[list[Draw]]:
-        """`count` batches from batch number `start` on."""
+    def batches(self, batch_size: int, count: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[list[Draw]]:
+        """`count` batches from batch number `start` on. Of `ranks` processes each takes its `batch_size` samples of every batch."""
         for number in range(start, start + count):
-            yield self.draws(number * batch_size, batch_size)
+            yield self.draws((number * ranks + rank) * batch_size, batch_size)

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +79,12 @@ class LatentCache:
                 self._moments[key] = entry
         return len(self._moments), len(self._missing)
 
-    def encode(self, autoencoder: AutoencoderKL, batch_size: int) -> Iterator[int]:
-        """Encode what `load` did not find; yields the number of entries after every batch."""
+    def encode(
+        self, autoencoder: AutoencoderKL, batch_size: int, share: Callable[[Sequence], Sequence] = lambda all_: all_
+    ) -> Iterator[int]:
+        """Encode this process's `share` of what `load` did not find; yields the number of entries after every batch."""
         encoder = Encode(autoencoder)  # compiled when it is first called, and gone with this generator
-        missing = list(self._missing.items())
+        missing = share(list(self._missing.items()))
         for start in range(0, len(missing), batch_size):
             chosen = missing[start : start + batch_size]
             crops = [crop for _, crop in chosen] + [chosen[-1][1]] * (batch_size - len(chosen))  # one shape, one graph

@@ -17,6 +17,10 @@ from ldm.config import ConfigError, convert, nearest, read_mapping, require_file
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 SAMPLER_NAMES = ("plms", "ddim", "dpm_solver", "dpm_solver_pp", "uni_pc")
 DEVICES = ("auto", "Ascend", "CPU")
+# Options of which neither a graph nor a result depends.
+AROUND_THE_RUN = {
+    "log_level", "callback_size", "ckpt_save_interval", "save_every", "keep_checkpoints", "resume", "allow_changed_options",
+}  # fmt: skip
 
 
 def option(default, group: str, text: str, *, aliases: Sequence[str] = (), choices: Sequence = (), least=None, above=None, below=None):
@@ -71,6 +75,10 @@ class TrainOptions:
     guidance_scale: float = option(9.0, "class pictures", "classifier-free guidance scale", aliases=("--scale",), least=0)
 
     ckpt_save_interval: int = option(1, "run", "epochs between checkpoints", least=1)
+    save_every: int | None = option(None, "run", "updates between saved states [where a checkpoint is saved]", least=1)
+    keep_checkpoints: int = option(2, "run", "saved states kept; checkpoints of epochs all stay", least=1)
+    resume: str | None = option(None, "run", '"latest", or a folder states/step_*: go on from there')
+    allow_changed_options: bool = option(False, "run", "resume though options, pictures or base model have changed")
     callback_size: int = option(1, "run", "updates between log lines", least=1)
     seed: int = option(3407, "run", "all random numbers follow from it", least=0)
     log_level: str = option("INFO", "run", "how much to log", choices=LOG_LEVELS)
@@ -108,13 +116,21 @@ class TrainOptions:
     def graph_facts(self) -> dict:
         """The options that may shape a compiled graph: all but those that surely do not."""
         outside = {"start_learning_rate", "end_learning_rate", "warmup_steps", "decay_steps", "epochs", "train_data_repeats"}
-        outside |= {"seed", "log_level", "callback_size", "ckpt_save_interval", "num_class_images", "sampling_steps"}
-        facts = dataclasses.asdict(self).items()
-        return {
-            name: value
-            for name, value in facts
-            if name not in outside and not name.endswith(("_dir", "_path", "_file", "_prompt", "_config"))
-        }
+        outside |= {"seed", "num_class_images", "sampling_steps"} | AROUND_THE_RUN
+        return self._without(outside, ("_dir", "_path", "_file", "_prompt", "_config"))
+
+    def training_facts(self) -> dict:
+        """The options that a training's result follows from, in JSON's types, but for the files they name.
+
+        How the samples of an update are cut into batches is left out: it changes roundings only.
+        """
+        outside = {"epochs", "sample_batch_size", "train_batch_size", "gradient_accumulation_steps", "recompute", "cache_latents"}
+        outside |= {"mode", "device", "compile_cache", "use_parallel"} | AROUND_THE_RUN
+        facts = self._without(outside, ("_dir", "_path", "_file", "_config"))
+        return facts | {"betas": list(self.betas)}
+
+    def _without(self, names: set[str], endings: tuple[str, ...]) -> dict:
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in names and not name.endswith(endings)}
 
     @property
     def samples_per_update(self) -> int:

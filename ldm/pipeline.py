@@ -98,17 +98,26 @@ def valid_class_images(folder: Path) -> list[Path]:
     return valid
 
 
+def class_image_path(folder: Path, number: int) -> Path:
+    return folder / f"class_{number:05d}.png"
+
+
+def missing_class_numbers(folder: Path, missing: int) -> list[int]:
+    """The numbers of the next `missing` class pictures: the lowest ones whose files are not there."""
+    numbers = range(max(0, missing) + len(list(folder.iterdir())))
+    return [number for number in numbers if not class_image_path(folder, number).exists()][: max(0, missing)]
+
+
 def sample_class_images(
-    pipeline: TextToImage, folder: Path, prompt: str, missing: int, *, seed: int, batch_size: int, steps: int,
+    pipeline: TextToImage, folder: Path, prompt: str, numbers: Sequence[int], *, seed: int, batch_size: int, steps: int,
     guidance_scale: float, size: int,
 ) -> Iterator[Path]:  # fmt: skip
-    """Draw exactly `missing` pictures of the class into `folder`, yielding each one's path when it is written.
+    """Draw the class pictures of the given numbers into `folder`, yielding each one's path when it is written.
 
-    Picture number n is drawn from (seed, n), and n is the next number whose file is not there: a run that was
-    interrupted goes on with the pictures that it would have drawn.
+    Picture number n is drawn from (seed, n): a run that was interrupted goes on with the pictures that it would have
+    drawn, and several processes draw what one would.
     """
-    numbers = [n for n in range(missing + len(list(folder.iterdir()))) if not (folder / f"class_{n:05d}.png").exists()][:missing]
-    for start in range(0, missing, batch_size):
+    for start in range(0, len(numbers), batch_size):
         chosen = numbers[start : start + batch_size]
         seeds = [(seed, n) for n in chosen] + [(seed, chosen[-1])] * (batch_size - len(chosen))  # one shape, one graph
         pictures = pipeline(
@@ -116,6 +125,6 @@ def sample_class_images(
             guidance_scale=guidance_scale, height=size, width=size,
         )  # fmt: skip
         for number, picture in zip(chosen, pictures):
-            path = folder / f"class_{number:05d}.png"
+            path = class_image_path(folder, number)
             images.save_image(picture, path)
             yield path

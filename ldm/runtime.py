@@ -11,6 +11,7 @@ import gc
 import hashlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 from importlib.metadata import version
@@ -90,6 +91,46 @@ def release_memory() -> None:
     # glibc keeps what was freed, and MindSpore's own pools cannot use that: of 400 MB of freed weights none went back before.
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep a folder for this process, until it ends in whatever way. Raises ValueError where another process has it."""
+    lock = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another run is writing into it; give another folder or wait for its end") from None
+    except OSError as error:  # a file system without locks
+        logger.warning("%s: cannot be locked (%s); start no second run there", folder, error)
+    _held_locks.append(lock)
+
+
+class Interrupted(SystemExit):
+    """SIGINT or SIGTERM, with the exit status that shells give it: 130 or 143."""
+
+
+class StopSignals:
+    """SIGINT and SIGTERM: within `postponed` the first one only sets `received`, otherwise and the second time it raises Interrupted."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._is_postponed = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame) -> None:
+        if self.received or not self._is_postponed:
+            raise Interrupted(128 + number)
+        self.received = number
+        logger.info("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
+
+    @contextlib.contextmanager
+    def postponed(self):
+        self._is_postponed = True
+        try:
+            yield
+        finally:
+            self._is_postponed = False
 
 
 def enable_compile_cache(*facts) -> None:

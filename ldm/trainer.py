@@ -1,24 +1,22 @@
-"""The training step and the loop around it.
+"""The loop around the training step: `Trainer` feeds it, keeps count, and writes checkpoints.
 
-`TrainStep` is one graph: loss, gradients and, without accumulation, the update. `Trainer` feeds it, keeps count, and
-writes checkpoints; it shows nothing itself but reports every update to its caller.
+It shows nothing itself but reports every update to its caller.
 """
 
 import dataclasses
-import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 
 from ldm import runtime
-from ldm.checkpoint import save_weights, spill, weights_of
+from ldm.checkpoint import fill, save_weights, spill, weights_of
 from ldm.config import ModelConfig
 from ldm.data import Draw, DreamBoothData
 from ldm.latent_cache import Moments
@@ -26,119 +24,14 @@ from ldm.loss import DreamBoothLoss
 from ldm.models.attention import BasicTransformerBlock
 from ldm.models.autoencoder import posterior_sample
 from ldm.models.latent_diffusion import LatentDiffusion
-from ldm.optim import AdamW, LearningRate, LossScale, MovingAverage, zeros_beside
+from ldm.optim import AdamW, LearningRate, LossScale, MovingAverage
 from ldm.options import TrainOptions
+from ldm.ranks import ALONE, Ranks
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
+from ldm.train_step import AccumulatedUpdate, TrainStep, Update
 
 logger = logging.getLogger(__name__)
-_square_sum = ops.MultitypeFuncGraph("square_sum")
-_scale = ops.MultitypeFuncGraph("scale")
-_add_to = ops.MultitypeFuncGraph("add_to")
-_clear = ops.MultitypeFuncGraph("clear")
-
-
-@_square_sum.register("Tensor")
-def _square_sum_one(gradient):
-    squares = ops.square(gradient.astype(ms.float32))
-    if gradient.ndim > 1:  # on 29M values 17 ms, against 95 for the sum over all axes at once
-        squares = ops.matmul(ops.ones((1, gradient.shape[0]), ms.float32), squares.reshape(gradient.shape[0], -1))
-    return squares.sum()
-
-
-@_scale.register("Tensor", "Tensor")
-def _scale_one(factor, gradient):
-    return gradient * factor
-
-
-@_add_to.register("Tensor", "Tensor")
-def _add_to_one(total, gradient):
-    return ops.assign_add(total, gradient)
-
-
-@_clear.register("Tensor")
-def _clear_one(total):
-    return ops.assign(total, ops.zeros_like(total))
-
-
-class Update(nn.Cell):
-    """Unscale, check for overflow, clip by global norm, apply the optimizer.
-
-    Args:
-        max_grad_norm: clip to this norm, or None.
-        can_overflow: float16 compute: gradients that are not finite skip the update.
-        scales: whether `inverse_scale` is ever other than 1.
-
-    Returns:
-        Whether the update was applied, and the global norm of the gradients before clipping (0 without clipping).
-    """
-
-    def __init__(self, optimizer: AdamW, max_grad_norm: float | None, can_overflow: bool, scales: bool) -> None:
-        super().__init__(auto_prefix=False)
-        self.optimizer = optimizer
-        self.scales = scales or max_grad_norm is not None
-        self.clips, self.max_grad_norm = max_grad_norm is not None, max_grad_norm
-        self.can_overflow = can_overflow
-        self.map = ops.HyperMap()
-
-    def construct(self, gradients, inverse_scale, rate, epsilon, decay):
-        applied = Tensor(True)
-        norm = Tensor(0.0, ms.float32)
-        if self.can_overflow:
-            applied = ms.amp.all_finite(gradients)
-        if self.clips:
-            squares = self.map(_square_sum, gradients)
-            norm = ops.sqrt(ops.stack(squares).sum()) * inverse_scale
-            # as torch.nn.utils.clip_grad_norm_: a millionth keeps the quotient finite
-            inverse_scale = inverse_scale * ops.minimum(self.max_grad_norm / (norm + 1e-6), Tensor(1.0, ms.float32))
-        if self.scales:
-            gradients = self.map(ops.partial(_scale, inverse_scale), gradients)
-        if self.can_overflow:
-            if applied:
-                self.optimizer(gradients, rate, epsilon, decay)
-        else:
-            self.optimizer(gradients, rate, epsilon, decay)
-        return applied, norm
-
-
-class TrainStep(nn.TrainOneStepCell):
-    """Loss and gradients of one batch; then the update, or with accumulation their addition to the running sum."""
-
-    def __init__(self, loss: DreamBoothLoss, optimizer: AdamW, update: Update, accumulates: bool) -> None:
-        super().__init__(loss, optimizer)
-        self.update = update
-        self.accumulates = accumulates
-        self.map = ops.HyperMap()
-        self.loss_and_gradients = ops.value_and_grad(self.scaled_loss, None, self.weights, has_aux=True)
-        if accumulates:
-            self.sums = zeros_beside(self.weights, "gradient_sum")
-
-    def scaled_loss(self, latents, text, t, noise, scale):
-        loss, instance_loss, class_loss = self.network(latents, text, t, noise)
-        return loss * scale, instance_loss, class_loss
-
-    def construct(self, latents, text, t, noise, scale, inverse_scale, rate, epsilon, decay):
-        (loss, instance_loss, class_loss), gradients = self.loss_and_gradients(latents, text, t, noise, scale)
-        applied, norm = Tensor(True), Tensor(0.0, ms.float32)
-        if self.accumulates:
-            self.map(_add_to, self.sums, gradients)
-        else:
-            applied, norm = self.update(gradients, inverse_scale, rate, epsilon, decay)
-        return loss * inverse_scale, instance_loss, class_loss, applied, norm
-
-
-class AccumulatedUpdate(nn.Cell):
-    """The update from the sums that TrainStep collected, which are set back to zero."""
-
-    def __init__(self, step: TrainStep) -> None:
-        super().__init__(auto_prefix=False)
-        self.update, self.sums = step.update, step.sums
-        self.map = ops.HyperMap()
-
-    def construct(self, inverse_scale, rate, epsilon, decay):
-        applied, norm = self.update(self.sums, inverse_scale, rate, epsilon, decay)
-        self.map(_clear, self.sums)
-        return applied, norm
 
 
 @dataclass(frozen=True)
@@ -184,9 +77,9 @@ def settle_recompute(options: TrainOptions, model: LatentDiffusion, config: Mode
     return dataclasses.replace(options, recompute=short)
 
 
-def total_updates(options: TrainOptions, data: DreamBoothData) -> int:
+def total_updates(options: TrainOptions, data: DreamBoothData, ranks: Ranks = ALONE) -> int:
     """The updates of a whole run; the last one is filled up with samples of one epoch more."""
-    return math.ceil(options.epochs * data.samples_per_epoch / options.samples_per_update)
+    return math.ceil(options.epochs * data.samples_per_epoch / (options.samples_per_update * ranks.size))
 
 
 class Trainer:
@@ -194,16 +87,20 @@ class Trainer:
 
     Args:
         moments: what the VAE makes of the drawn pictures, see ldm/latent_cache.py.
+        ranks: the processes that train together; each takes its part of every batch.
     """
 
-    def __init__(self, model: LatentDiffusion, config: ModelConfig, options: TrainOptions, data: DreamBoothData, moments: Moments) -> None:
-        self.model, self.config, self.options, self.data, self.moments = model, config, options, data, moments
+    def __init__(
+        self, model: LatentDiffusion, config: ModelConfig, options: TrainOptions, data: DreamBoothData, moments: Moments,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
+        self.model, self.config, self.options, self.data, self.moments, self.ranks = model, config, options, data, moments, ranks
         self.schedule = NoiseSchedule(config.noise_schedule)
         self.released: dict[str, np.ndarray] = {}
         self.global_step = 0
         self.updates_applied = 0  # without those that an overflow skipped: Adam's bias correction counts these
-        self.samples_per_update = options.samples_per_update
-        self.total_steps = total_updates(options, data)
+        self.samples_per_update = options.samples_per_update * ranks.size
+        self.total_steps = total_updates(options, data, ranks)
 
         trained = trained_networks(model, options)
         for parameter in model.get_parameters():
@@ -231,7 +128,7 @@ class Trainer:
         self.loss_scale = LossScale(options.init_loss_scale if config.use_fp16 else 1.0, options.loss_scale_factor, options.scale_window)
         accumulates = options.gradient_accumulation_steps > 1
         max_grad_norm = options.max_grad_norm if options.clip_grad else None
-        update = Update(self.optimizer, max_grad_norm, config.use_fp16, scales=config.use_fp16 or accumulates)
+        update = Update(self.optimizer, max_grad_norm, config.use_fp16, scales=config.use_fp16 or accumulates, ranks=ranks)
         self.step = TrainStep(loss, self.optimizer, update, accumulates)
         self.accumulated_update = AccumulatedUpdate(self.step) if accumulates else None
         self.average = MovingAverage(self.parameters) if options.use_ema else None
@@ -270,12 +167,12 @@ class Trainer:
         inverse_scale = Tensor(1 / (scale * count), ms.float32)
         scalars = [inverse_scale, *self.optimizer.scalars(self.updates_applied + 1, rate)]
         losses = []
-        for draws in self.data.batches(options.train_batch_size, count, self.global_step * count):
+        for draws in self.data.batches(options.train_batch_size, count, self.global_step * count, self.ranks.rank, self.ranks.size):
             *terms, applied, norm = self.step(*self.batch(draws), Tensor(scale, ms.float32), *scalars)
             losses.append([float(term) for term in terms])
         if self.accumulated_update:
             applied, norm = self.accumulated_update(*scalars)
-        losses = np.mean(losses, axis=0) * [count, 1, 1]  # the step divides its loss by the scale and the count
+        losses = self.ranks.mean(np.mean(losses, axis=0)) * [count, 1, 1]  # the step divides its loss by the scale and the count
         skipped = not bool(applied)
         self.global_step += 1
         self.updates_applied += not skipped
@@ -312,12 +209,28 @@ class Trainer:
         now = min(now, self.options.epochs) if self.global_step < self.total_steps else self.options.epochs
         return now if now > before else None
 
+    def require_equal_weights(self) -> None:
+        """Raises ValueError where the processes' trained weights are not the same, bit by bit."""
+        self.ranks.require_equal((parameter.asnumpy() for parameter in self.parameters), "trained weights")
+
     def release_frozen(self, folder: Path) -> None:
         """Move the frozen networks, which nothing needs any more, out of memory, into a nameless file in `folder`."""
         for name in ["first_stage_model"] + ([] if self.options.train_text_encoder else ["cond_stage_model"]):
             self.released |= spill(getattr(self.model, name), folder)
             delattr(self.model, name)
         runtime.release_memory()
+
+    def state(self) -> tuple[dict[str, ms.Parameter], dict]:
+        """What the next update depends on, between two updates: parameters by name, and the progress as JSON takes it."""
+        parameters = [*self.parameters, *self.optimizer.moment1, *self.optimizer.moment2, *(self.average.average if self.average else ())]
+        progress = {name: getattr(self, name) for name in ("global_step", "updates_applied")}
+        return {p.name: p for p in parameters}, progress | {"loss_scale": vars(self.loss_scale)}
+
+    def restore(self, arrays: Mapping[str, np.ndarray], progress: dict, source: str) -> None:
+        """Go back to a state. Raises ValueError where it is not of this configuration."""
+        fill(self.state()[0], arrays, source)
+        self.global_step, self.updates_applied = progress["global_step"], progress["updates_applied"]
+        vars(self.loss_scale).update(progress["loss_scale"])
 
     def save(self, folder: Path, epoch: int) -> list[Path]:
         """Write the whole model's weights, and with EMA the averaged ones beside them."""
@@ -328,14 +241,3 @@ class Trainer:
             paths.append(folder / f"dreambooth_epoch_{epoch}_ema.ckpt")
             save_weights(weights | self.average.weights(), paths[1])
         return paths
-
-
-class MetricsFile:
-    """Reports as JSON lines."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
-
-    def write(self, report: Report) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in vars(report).items()}
-        self._file.write(json.dumps(finite) + "\n")

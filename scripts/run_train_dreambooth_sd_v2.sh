@@ -13,8 +13,7 @@ export DEVICE_ID="${DEVICE_ID:-0}"
 
 output_path="${output_path:-output/}"
 task_name="${task_name:-txt2img}"
-# Checkpoints of an earlier run under this name are removed: give another task_name to keep them.
-rm -rf "${output_path:?}/${task_name:?}"
+# A folder that holds an earlier run is never emptied: give another task_name, or --resume=latest.
 mkdir -p "${output_path:?}/${task_name:?}"
 export MS_COMPILER_CACHE_PATH="${MS_COMPILER_CACHE_PATH:-${output_path:?}/${task_name:?}}"
 

@@ -59,7 +59,8 @@ def losses(place, folder):
 def test_training_leaves_what_it_promises(place, trained):
     assert sorted(p.name for p in (place / "classes/dog").iterdir()) == [f"class_{n:05d}.png" for n in range(3)]
     names = {"dreambooth_epoch_1.ckpt", "dreambooth_epoch_2.ckpt", "effective_config.json", "metrics.jsonl", "train.log"}
-    assert {p.name for p in (place / "out").iterdir()} == names
+    assert {p.name for p in (place / "out").iterdir()} == names | {".lock", "states"}
+    assert [p.name for p in sorted((place / "out/states").iterdir())] == ["step_00000003", "step_00000005"]
     assert sorted(p.name for p in place.iterdir()) == ["cache", "classes", "model.yaml", "models", "my dog", "out", "train.yaml"]
     effective = json.loads((place / "out/effective_config.json").read_text())
     assert effective["options"]["sampling_steps"] == 2 and effective["model"]["unet"]["model_channels"] == 32
@@ -123,7 +124,7 @@ def test_mistakes_end_with_one_line(place, tmp_path, trained):
         f"--instance_data_dir={tmp_path / 'text'}": "picture.jpg: not a readable picture",
         "--image_size=33": "a multiple of 4 is wanted",
         "--device=Ascend": "no Ascend device",
-        "--output_path=out": "holds dreambooth_epoch_1.ckpt of an earlier run",
+        "--output_path=out": "holds states/step_00000005 of an earlier run; give another folder, or --resume=latest",
     }
     for flag, wanted in cases.items():
         errors = [line for line in train(place, "--output_path=failed", flag, status=2).stderr.splitlines() if " INFO " not in line]

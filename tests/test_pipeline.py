@@ -14,7 +14,7 @@ from ldm.checkpoint import load_weights, read_checkpoint
 from ldm.config import read_model_config
 from ldm.models.autoencoder import posterior_sample
 from ldm.models.latent_diffusion import build_model
-from ldm.pipeline import TextToImage, sample_class_images, valid_class_images
+from ldm.pipeline import TextToImage, missing_class_numbers, sample_class_images, valid_class_images
 from ldm.samplers import sample_ddim
 
 
@@ -57,14 +57,14 @@ def test_class_pictures_are_topped_up_to_the_count(pipeline, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     settings = dict(seed=1, batch_size=2, steps=2, guidance_scale=2.0, size=32)
-    paths = list(sample_class_images(pipeline, whole, "a dog", 5, **settings))
+    paths = list(sample_class_images(pipeline, whole, "a dog", missing_class_numbers(whole, 5), **settings))
     assert [p.name for p in paths] == [f"class_{n:05d}.png" for n in range(5)] and valid_class_images(whole) == paths
     write_pictures(parts, 1)  # a picture of the user's own
-    interrupted = sample_class_images(pipeline, parts, "a dog", 5, **settings)
+    interrupted = sample_class_images(pipeline, parts, "a dog", missing_class_numbers(parts, 5), **settings)
     next(interrupted), next(interrupted), next(interrupted)
     interrupted.close()
     assert len(valid_class_images(parts)) == 4
-    list(sample_class_images(pipeline, parts, "a dog", 2, **settings))
+    list(sample_class_images(pipeline, parts, "a dog", missing_class_numbers(parts, 2), **settings))
     assert len(valid_class_images(parts)) == 6
     for path in paths:
         assert path.read_bytes() == (parts / path.name).read_bytes()

@@ -5,15 +5,16 @@ import ast
 from conftest import ROOT
 
 ROWS = [
-    {"config", "runtime", "images", "tokenizer", "weight_files"},
+    {"config", "runtime", "ranks", "images", "tokenizer", "weight_files"},
     {"options", "schedule", "models.kernels"},
     {"models.convolution"},
     {"models.layers"},
     {"models.attention", "models.autoencoder", "models.text_encoder", "samplers"},
     {"models.unet"},
     {"models.latent_diffusion", "data", "optim", "convert", "checkpoint"},
-    {"loss", "latent_cache"},
-    {"pipeline", "trainer"},
+    {"loss", "latent_cache", "run_state"},
+    {"pipeline", "train_step"},
+    {"trainer"},
 ]
 
 

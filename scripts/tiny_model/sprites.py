@@ -23,8 +23,8 @@ PACKAGES = {  # set -> (npm package, licence)
 CLASSES = {  # class word -> icon names, looked for in every set
     "penguin": ["penguin"],
     "car": ["automobile"],
-    "elephant": ["elephant"],
-    "backpack": ["backpack", "school-backpack"],
+    "frog": ["frog"],
+    "apple": ["red-apple", "green-apple"],
     "teddy bear": ["teddy-bear"],
     "house": ["house"],
     "rocket": ["rocket"],

@@ -190,7 +190,7 @@ def run_base(work: Path, options) -> None:
         f"UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f}M, text {sum(p.numel() for p in text_encoder.parameters()) / 1e6:.2f}M",
         flush=True,
     )
-    optimizer = torch.optim.AdamW(parameters, 1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, 1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     named = {"unet": unet, "text": text_encoder, "slow_unet": slow_unet, "slow_text": slow_text, "optimizer": optimizer}
     step, spent, state_file = 0, 0.0, work / "base_state.pt"
     if state_file.exists():
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("step", choices=("pictures", "vae", "base"))
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures, states and results")
     parser.add_argument("--minutes", type=float, default=60, help="time to train for, over all starts, as processor time over threads")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed), torch.set_num_threads(THREADS)

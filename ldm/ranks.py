@@ -1,0 +1,131 @@
+"""The processes of a data-parallel training: how they were started, who does what, what they tell each other.
+
+`mpirun` (OpenMPI), `msrun` or a rank table start one process a device. On Ascend MindSpore's own `init` knows all three (HCCL). On a
+CPU its collectives know msrun only: under mpirun the processes meet at a TCP store that rank 0 opens.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+
+import numpy as np
+
+TIMEOUT_SECONDS = 3600  # how long a process waits for another that compiles, encodes or saves
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size`: number `rank`, from 0. A process alone is rank 0 of 1, for which nothing below costs anything."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes checkpoints, log and pictures."""
+        return self.rank == 0
+
+    def share(self, items: Sequence) -> Sequence:
+        """This process's part of `items`; every item is in the part of one process."""
+        return items[self.rank :: self.size]
+
+    @cached_property
+    def _sum(self):
+        from mindspore import nn, ops
+
+        class Sum(nn.Cell):
+            def __init__(self) -> None:
+                super().__init__(auto_prefix=False)
+                self.all_reduce = ops.AllReduce()
+
+            def construct(self, x):
+                return self.all_reduce(x)
+
+        return Sum()
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """The sum over all processes of their float32 arrays, the same in all."""
+        if self.size == 1:
+            return values
+        from mindspore import Tensor
+
+        return self._sum(Tensor(np.asarray(values, np.float32))).asnumpy()
+
+    def mean(self, values: np.ndarray) -> np.ndarray:
+        return self.total(values) / self.size
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        self.total(np.zeros(1, np.float32))
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.total(np.array([flag], np.float32))[0])
+
+    def require_equal(self, arrays: Iterable[np.ndarray], what: str) -> None:
+        """Raises ValueError, in all processes, where `arrays` are not the same in all of them, bit by bit."""
+        if self.size == 1:
+            return
+        digest = hashlib.sha256()
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array))
+        mine = np.frombuffer(digest.digest()[:16], np.uint8).astype(np.float32)  # whole numbers up to 255: exact in float32
+        table = np.zeros((self.size, len(mine)), np.float32)
+        table[self.rank] = mine
+        table = self.total(table)
+        different = [rank for rank in range(self.size) if not np.array_equal(table[rank], table[0])]
+        if different:
+            raise ValueError(f"{what} differ between rank 0 and rank {', '.join(map(str, different))}")
+
+
+ALONE = Ranks()
+
+
+def launcher() -> str | None:
+    """What started this process among several: "mpirun", "msrun", "a rank table" or nothing."""
+    if "MS_ROLE" in os.environ:
+        return "msrun"
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:
+        return "mpirun"
+    return "a rank table" if "RANK_TABLE_FILE" in os.environ and "RANK_ID" in os.environ else None
+
+
+def check_launch(use_parallel: bool) -> None:
+    """Raises ValueError where option and launch do not fit."""
+    found = launcher()
+    if use_parallel and not found:
+        raise ValueError("use_parallel=True, but nothing started several processes: use mpirun -n 2 python ... or msrun --worker_num=2 ...")
+    if found and not use_parallel and os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("MS_WORKER_NUM")) != "1":
+        raise ValueError(
+            f"started by {found}, but without --use_parallel=True each process would train by itself: give it, or start one process"
+        )
+
+
+def join(device: str) -> Ranks:
+    """Join the other processes; the device is chosen already. Raises RuntimeError where they do not come together."""
+    from mindspore import communication
+
+    if device == "CPU":
+        # MindSpore's default of 30 seconds is for a peer that computes, not for one that compiles or writes a checkpoint.
+        os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", str(TIMEOUT_SECONDS))
+    if device == "CPU" and launcher() == "mpirun":
+        return _join_by_store(int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"]))
+    communication.init()
+    return Ranks(communication.get_rank(), communication.get_group_size())
+
+
+def _join_by_store(rank: int, size: int) -> Ranks:
+    try:
+        from mindspore.communication.management import _init_with_store
+        from mindspore.mint.distributed import TCPStore
+    except ImportError:
+        raise ValueError("mpirun on a CPU needs MindSpore 2.10: this version has no way to join; use msrun") from None
+    os.environ.setdefault("RANK_ID", str(rank)), os.environ.setdefault("RANK_SIZE", str(size))
+    # The job's number is the same in all its processes and differs between jobs of a machine.
+    job = int(os.environ.get("OMPI_MCA_ess_base_jobid", "0")) >> 16
+    host, port = os.environ.get("MS_STORE_HOST", "127.0.0.1"), int(os.environ.get("MS_STORE_PORT", 20000 + job % 10000))
+    limit = timedelta(seconds=TIMEOUT_SECONDS)
+    _init_with_store("mccl", limit, size, rank, TCPStore(host, port, size, rank == 0, limit))
+    return Ranks(rank, size)

@@ -1,0 +1,129 @@
+"""The saved states of a run: all that its next step depends on, so that a run that was stopped goes on as if it had not been.
+
+A state is a folder `step_<update>` with `state.ckpt` (trained weights, Adam's moments, with EMA the averages) and
+`manifest.json` (how far the run is, what it was made of, and the SHA-256 of the other file). A state appears whole or not
+at all: it is written under a hidden name, flushed to the disk, and renamed. States are saved between two updates, when no
+gradients are being accumulated.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+
+from ldm import runtime
+from ldm.checkpoint import read_checkpoint, save_weights, sha256_of, to_disk
+
+FORMAT = 1
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class State:
+    """A state that was read and found whole.
+
+    Attributes:
+        arrays: by parameter name; each is read when it is asked for.
+        progress: of Trainer.state.
+        origin: what the run was made of: options, model configuration, fingerprints.
+    """
+
+    path: Path
+    arrays: Mapping[str, np.ndarray]
+    progress: dict
+    origin: dict
+
+
+def read_state(path: Path) -> State:
+    """Read a state, after comparing its checksum. Raises ValueError where something is missing or damaged."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+        if sha256_of(path / "state.ckpt") != manifest["sha256"]:
+            raise ValueError("state.ckpt is not what was written: its SHA-256 differs")
+        return State(path, read_checkpoint(path / "state.ckpt"), manifest["progress"], manifest["origin"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a whole state of a run ({error})") from None
+
+
+class States:
+    """The states in a folder.
+
+    Args:
+        keep: how many to keep; an older one goes only after a newer one is complete.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def paths(self) -> list[Path]:
+        """Complete states, the oldest first."""
+        found = [path for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+    def latest(self) -> State | None:
+        """The newest state that is whole, or None; damaged ones are named in the log."""
+        for path in reversed(self.paths()):
+            try:
+                return read_state(path)
+            except ValueError as error:
+                logger.warning("passed over: %s", error)
+        return None
+
+    def save(self, arrays: Mapping[str, ms.Tensor], progress: dict, origin: dict) -> Path:
+        """Write a state, then remove those that are no longer kept."""
+        path = self.folder / f"step_{progress['global_step']:08d}"
+        partial = self.folder / f".{path.name}.part"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            digest = save_weights(arrays, partial / "state.ckpt")
+            manifest = {"format": FORMAT, "sha256": digest, "progress": progress, "origin": origin}
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            to_disk(partial / "manifest.json"), to_disk(partial)
+            if path.exists():  # of this run, before it was taken up again at an earlier step
+                shutil.rmtree(path)
+            os.replace(partial, path)
+            to_disk(self.folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        for old in self.paths()[: -self.keep]:
+            shutil.rmtree(old)
+        return path
+
+    def remove_litter(self) -> None:
+        """What a run that was killed while it wrote has left."""
+        for partial in self.folder.glob(".step_*.part"):
+            shutil.rmtree(partial)
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """SHA-256 over names and contents of files, in their order."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+class MetricsFile:
+    """Reports as JSON lines; those of an earlier start after update `global_step` are dropped."""
+
+    def __init__(self, path: Path, global_step: int) -> None:
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            runtime.write_text(path, "".join(lines[:global_step]))
+        self._file = open(path, "a", encoding="utf-8", buffering=1)
+
+    def write(self, report: dict) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in report.items()}
+        self._file.write(json.dumps(finite) + "\n")

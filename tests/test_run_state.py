@@ -1,0 +1,141 @@
+"""Saved states: a training that is taken up again, and what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from conftest import SHALLOW, in_half, random_model, weights_as_arrays
+from test_trainer import OPTIONS, make_data, make_trainer
+
+from ldm.ranks import ALONE
+from ldm.run_state import MetricsFile, States, fingerprint, read_state
+from train_dreambooth import compare_origins, origin_of
+
+ORIGIN = {"seed": 1}
+
+
+def resumed_equals_uninterrupted(folder, config, options, stop, steps, tamper=lambda trainer: None):
+    data = make_data(folder, options)
+    states = States(folder / "states", 2)
+    whole, half, again = (make_trainer(random_model(config), config, options, data) for _ in range(3))
+    tamper(whole), tamper(half)
+    losses = [whole.one_update()[0] for _ in range(steps)]
+    first = [half.one_update()[0] for _ in range(stop)]
+    states.save(*half.state(), ORIGIN)
+    state = states.latest()
+    assert state.origin == ORIGIN
+    again.restore(state.arrays, state.progress, str(state.path))
+    assert again.global_step == stop
+    second = [again.one_update()[0] for _ in range(steps - stop)]
+    assert np.array_equal(losses, first + second)
+    for name, values in {name: p.asnumpy() for name, p in whole.state()[0].items()}.items():
+        assert np.array_equal(values, again.state()[0][name].asnumpy()), name
+    assert whole.state()[1] == again.state()[1]
+    assert all(np.array_equal(values, weights_as_arrays(again.model)[name]) for name, values in weights_as_arrays(whole.model).items())
+
+
+def test_a_resumed_training_ends_with_the_same_bits(tmp_path):
+    """Text encoder, accumulation, EMA, clipping, a warm-up that is not over; the batch divides no epoch."""
+    options = dataclasses.replace(
+        OPTIONS, gradient_accumulation_steps=2, use_ema=True, clip_grad=True, max_grad_norm=0.5, warmup_steps=4, train_batch_size=3
+    )  # fmt: skip
+    resumed_equals_uninterrupted(tmp_path, SHALLOW, options, 2, 5)
+
+
+def test_the_loss_scale_and_its_counter_are_kept(tmp_path):
+    options = dataclasses.replace(OPTIONS, init_loss_scale=2.0**40, loss_scale_factor=2.0**14, scale_window=2)
+    resumed_equals_uninterrupted(tmp_path, in_half(SHALLOW), options, 3, 6)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with the states of updates 2 and 3 of a few arrays."""
+    states = States(tmp_path / "states", 2)
+    for step in (1, 2, 3):
+        states.save({"a": np.full((2, 3), step, np.float32)}, {"global_step": step}, ORIGIN)
+    return states
+
+
+def test_the_newest_states_are_kept(saved):
+    assert [path.name for path in saved.paths()] == ["step_00000002", "step_00000003"]
+    assert saved.latest().arrays["a"][0, 0] == 3 and saved.latest().progress == {"global_step": 3}
+
+
+def test_damage_is_found_and_passed_over(saved, caplog):
+    file = saved.paths()[-1] / "state.ckpt"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="step_00000003: not a whole state of a run .*SHA-256"):
+        read_state(saved.paths()[-1])
+    assert saved.latest().arrays["a"][0, 0] == 2 and "passed over" in caplog.text
+    (saved.paths()[0] / "manifest.json").write_text("{")
+    assert saved.latest() is None
+
+
+def test_a_state_that_is_written_again_replaces_the_first(saved):
+    saved.save({"a": np.zeros((2, 3), np.float32)}, {"global_step": 3}, ORIGIN)
+    assert not saved.latest().arrays["a"].any() and len(saved.paths()) == 2
+
+
+def test_an_unfinished_state_is_none(saved):
+    partial = saved.folder / ".step_00000004.part"
+    partial.mkdir()
+    (partial / "state.ckpt").write_bytes(b"half")
+    assert saved.latest().progress["global_step"] == 3
+    saved.remove_litter()
+    assert not partial.exists()
+
+
+def test_a_state_of_another_configuration_is_refused(tmp_path, saved):
+    trainer = make_trainer(random_model(SHALLOW), SHALLOW, OPTIONS, make_data(tmp_path, OPTIONS))
+    with pytest.raises(ValueError, match="step_00000003: does not fit the model configuration, parameters missing"):
+        trainer.restore(saved.latest().arrays, saved.latest().progress, str(saved.latest().path))
+    assert trainer.global_step == 0
+
+
+def test_changes_are_listed(tmp_path, caplog):
+    data = make_data(tmp_path, OPTIONS)
+    base = tmp_path / "base.ckpt"
+    base.write_bytes(b"weights")
+    options = dataclasses.replace(OPTIONS, pretrained_model_path=str(tmp_path), pretrained_model_file="base.ckpt")
+
+    def origin(**changes):
+        return json.loads(
+            json.dumps(origin_of(dataclasses.replace(options, **changes), SHALLOW, data.instance_paths, data.class_paths, ALONE))
+        )
+
+    first = origin()
+    harmless = dict(epochs=9, log_level="ERROR", save_every=3, output_path="elsewhere", cache_latents=False, recompute=True)
+    compare_origins(first, origin(**harmless), allowed=False)
+    # the same update, cut into other batches
+    compare_origins(first, origin(train_batch_size=1, gradient_accumulation_steps=2), allowed=False)
+    for name, value in dict(start_learning_rate=3e-4, seed=2, prior_loss_weight=0.5, instance_prompt="a dog", optim="adam").items():
+        with pytest.raises(ValueError, match=f"changed since the state was saved: {name} {getattr(options, name)} -> {value};"):
+            compare_origins(first, origin(**{name: value}), allowed=False)
+    with pytest.raises(ValueError, match="instance pictures an update 2 -> 4"):
+        compare_origins(first, origin(train_batch_size=4), allowed=False)
+    base.write_bytes(b"others")
+    data.instance_paths[0].write_bytes(data.instance_paths[1].read_bytes())
+    with pytest.raises(ValueError, match="instance pictures .*; base model ") as error:
+        compare_origins(first, origin(), allowed=False)
+    assert "class pictures" not in str(error.value)
+    compare_origins(first, origin(), allowed=True)
+    assert "resume: changed: base model" in caplog.text
+
+
+def test_a_fingerprint_is_of_names_and_contents(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"1"), b.write_bytes(b"1")
+    assert len({fingerprint([a]), fingerprint([b]), fingerprint([a, b]), fingerprint([])}) == 4
+
+
+def test_metrics_after_the_state_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 0)
+    for step in (1, 2, 3):
+        first.write({"global_step": step, "loss": float("nan")})
+    MetricsFile(path, 2).write({"global_step": 3, "loss": 0.5})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["global_step"] for row in rows] == [1, 2, 3] and [row["loss"] for row in rows] == [None, None, 0.5]
