@@ -1,4 +1,4 @@
-"""The demonstration that scripts/demo.sh runs: train, draw before and after, put it all on one picture."""
+"""The demonstration that scripts/demo.sh runs: train, draw before and after, judge, put it all on one picture."""
 
 import subprocess
 import sys
@@ -8,28 +8,14 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from ldm import images
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import evaluate_tiny
+from evaluate_tiny import BASE, CONFIG, NEW_PLACES, Evaluation
 
-CONFIG = "configs/train_dreambooth_tiny"
-PLACES = ["in the snow", "on the beach", "in the forest", "at night", "in front of a brick wall", "in the desert"]
-EXAMPLES = ROOT / "examples/penguin"
+from ldm import images, runtime
 
-
-def command(*arguments: str) -> None:
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
-
-
-def draw(checkpoint: Path, subject: str, folder: Path) -> np.ndarray:
-    """One picture a place, with the same seeds for every checkpoint and subject: (N, H, W, 3) uint8."""
-    folder.mkdir(parents=True)
-    prompts = folder / "prompts.txt"
-    prompts.write_text("".join(f"{subject} {place}\n" for place in PLACES))
-    command(
-        "text_to_image.py", f"--config={CONFIG}.yaml", f"--ckpt_path={checkpoint}", f"--data_path={prompts}",
-        f"--output_path={folder}", "--n_iter=1", "--n_samples=1", "--sampling_steps=25", "--scale=3", "--seed=7", "--skip_grid",
-    )  # fmt: skip
-    return np.stack([np.asarray(images.read_image(path)) for path in sorted((folder / "samples").glob("*.png"))])
+SUBJECT = "penguin"
+EXAMPLES = ROOT / "examples" / SUBJECT
 
 
 def enlarge(pictures: np.ndarray, factor: int = 2) -> np.ndarray:
@@ -40,19 +26,37 @@ def main() -> None:
     start = time.time()
     output = ROOT / "output/demo" / time.strftime("%Y%m%d-%H%M%S")
     class_images = ROOT / "output/demo/class_images"
-    command("train_dreambooth.py", f"--train_config={CONFIG}.json", f"--output_path={output}", f"--class_data_dir={class_images}")
-    base, tuned = ROOT / "models/tiny_sd_v2.safetensors", next(output.glob("dreambooth_epoch_*.ckpt"))
+    options = [f"--train_config={CONFIG}.json", f"--output_path={output}", f"--class_data_dir={class_images}"]
+    subprocess.run([sys.executable, "train_dreambooth.py", *options], cwd=ROOT, check=True)
+    trained = time.time()
+    print("drawing and judging: two minutes", flush=True)
+    runtime.start_device("auto", mode=0)
+    tuned = next(output.glob("dreambooth_epoch_*.ckpt"))
+    evaluation = Evaluation(output / "sheets", each=1)
+    before, after = (evaluation.asked(checkpoint, SUBJECT) for checkpoint in (BASE, tuned))
+    by_class = evaluation.artist(tuned, [f"a {SUBJECT} {place}" for place in NEW_PLACES], seed=2)
+    base = evaluation.of_base(SUBJECT)
+    figures = {"base_subject": base["base_subject"]} | evaluation.tuned(tuned, SUBJECT, base, SUBJECT)
     rows = [
         ("the five pictures of the subject", np.stack([np.asarray(images.read_image(p)) for p in sorted(EXAMPLES.glob("*.png"))])),
-        ('before: "a sks penguin ..."', draw(base, "a sks penguin", output / "before")),
-        ('after: "a sks penguin ..."', draw(tuned, "a sks penguin", output / "after")),
-        ('after: "a penguin ..." (the class is not forgotten)', draw(tuned, "a penguin", output / "class")),
+        ('before: "a sks penguin ..."', before[: len(NEW_PLACES)]),
+        ('after: "a sks penguin ..."', after[: len(NEW_PLACES)]),
+        ('after: "a penguin ..." (the class is not forgotten)', by_class),
     ]
     strips = [images.with_caption(enlarge(pictures), caption) for caption, pictures in rows]
     width = max(strip.shape[1] for strip in strips)
     padded = [np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips]
     images.save_image(np.concatenate(padded), output / "demo.png")
-    print(f"\n{', '.join(PLACES)}\nLook at {(output / 'demo.png').relative_to(ROOT)} ({time.time() - start:.0f} s)")
+    evaluate_tiny.show(
+        "This run, judged by a network that never saw a drawn picture:", [evaluate_tiny.row(k, [v]) for k, v in figures.items()]
+    )
+    columns = ", ".join(place for place in NEW_PLACES)
+    print(f"training {trained - start:.0f} s, all {time.time() - start:.0f} s; columns: {columns}")
+    print(f"Look at {(output / 'demo.png').relative_to(ROOT)} and {(output / 'sheets' / SUBJECT).relative_to(ROOT)}.png")
+    print(
+        f"Draw: .venv/bin/python text_to_image.py --config {CONFIG.relative_to(ROOT)}.yaml --ckpt_path {tuned.relative_to(ROOT)} "
+        '--ddim --sampling_steps 25 --scale 3 --prompt "a sks penguin on the street"'
+    )
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ THREADS = 2
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
                 clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # fmt: skip
 PROBES = [
-    "a penguin in the snow", "a red car on the street", "a rocket at night", "an elephant in the forest",
-    "a teddy bear on a wooden floor", "a house on the beach", "a mushroom on the grass", "a backpack in front of a brick wall",
-    "a blue penguin on the beach", "a yellow house in the desert", "a green car in the water", "a purple elephant in the snow",
+    "a penguin in the snow", "a red car on the street", "a rocket at night", "a frog in the forest",
+    "a teddy bear on a wooden floor", "a house on the beach", "a mushroom on the grass", "an apple in front of a brick wall",
+    "a blue penguin on the beach", "a yellow house in the desert", "a green car in the water", "a purple frog in the snow",
     "a penguin", "a photo of a car", "a sks penguin on the grass", "a pink mushroom on a green background",
 ]  # fmt: skip
 
