@@ -57,6 +57,7 @@ def run(options: SampleOptions, config: ModelConfig, prompts: list[tuple[str, st
                     eta=options.ddim_eta, on_step=bar.update,
                 )  # fmt: skip
                 drawn.append(pictures)
+                runtime.keep_compiled_graphs()
                 for picture in pictures if not options.skip_save else ():
                     path = images.free_path(samples, "", start=number)
                     number = int(path.stem) + 1
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         prompts = read_prompts(options)
         runtime.start_logging(options.log_level)
         run(options, config, prompts)
-    except (ValueError, OSError) as error:
+    except (ValueError, OverflowError, MemoryError, OSError) as error:
         fail("text_to_image.py", error)
     except KeyboardInterrupt:
         sys.exit("text_to_image.py: interrupted")

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -133,7 +134,7 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
     from ldm import checkpoint, data
     from ldm.models.latent_diffusion import build_model
     from ldm.run_state import States
-    from ldm.trainer import Trainer, settle_recompute
+    from ldm.trainer import TooManyOverflows, Trainer, settle_recompute
 
     output = Path(options.output_path)
     states = States(output / "states", options.keep_checkpoints)
@@ -141,7 +142,7 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
         take_output_folder(options, config)
         states.remove_litter()
     else:
-        runtime.start_logging("WARNING")
+        runtime.start_logging("WARNING", who=f"rank {ranks.rank} ")
     ranks.wait()
     state = find_state(options, states)
     instance_paths = data.load_instance_images(Path(options.instance_data_dir))
@@ -173,12 +174,44 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
     if state:
         trainer.restore(state.arrays, state.progress, str(state.path))
         logger.info("resumed from %s: %d of %d updates done", state.path, trainer.global_step, trainer.total_steps)
+    if trainer.global_step >= trainer.total_steps:
+        logger.info("all %d updates are done already; --epochs says how many there are", trainer.total_steps)
+        return
     trainer.require_equal_weights()
     logger.info("training %.1fM values on %d pictures: %d updates", trainer.trained_values / 1e6, len(instance_paths), trainer.total_steps)
-    with signals.postponed():
-        train(trainer, states, origin, signals)
+    if ranks.is_first:
+        warn_of_a_full_disk(trainer, states)
+    try:
+        with signals.postponed():
+            train(trainer, states, origin, signals)
+    except FloatingPointError as error:
+        if isinstance(error, TooManyOverflows) and ranks.is_first:
+            states.save(*trainer.state(), origin)
+        raise FloatingPointError(f"{error}{last_good(states)}") from None
     path = output / f"dreambooth_epoch_{options.epochs}.ckpt"
     logger.info("done; draw with: python text_to_image.py --config %s --ckpt_path %s --prompt ...", options.model_config, path)
+
+
+def warn_of_a_full_disk(trainer, states) -> None:
+    """Say before hours are spent where the checkpoints and states to come will not fit."""
+    options = trainer.options
+    per_epoch = trainer.checkpoint_bytes * (2 if options.use_ema else 1)
+    needed = per_epoch * trainer.checkpoints_to_come() + trainer.state_bytes * (max(0, options.keep_checkpoints - len(states.paths())) + 1)
+    free = shutil.disk_usage(states.folder.parent).free
+    if needed > free:
+        logger.warning(
+            "%s: checkpoints and states to come need %.1f GB, %.1f GB are free: make room, or give --ckpt_save_interval=%d",
+            options.output_path, needed / 1e9, free / 1e9, options.epochs,
+        )  # fmt: skip
+
+
+def last_good(states) -> str:
+    paths = states.paths()
+    return (
+        f"; the last good state is {paths[-1]}: go on from it with --resume={paths[-1]} --allow_changed_options=True"
+        if paths
+        else "; no state was saved before"
+    )
 
 
 def train(trainer, states, origin: dict, signals: runtime.StopSignals) -> None:
@@ -188,9 +221,12 @@ def train(trainer, states, origin: dict, signals: runtime.StopSignals) -> None:
     options, ranks, output = trainer.options, trainer.ranks, Path(trainer.options.output_path)
     metrics = MetricsFile(output / "metrics.jsonl", trainer.global_step) if ranks.is_first else None
     logger.info("compiling; the first step takes a while")
+    first = trainer.global_step + 1
     disable = None if ranks.is_first else True
     with tqdm(total=trainer.total_steps, initial=trainer.global_step, desc="training", unit="step", disable=disable) as bar:
         for report in trainer.run():
+            if report.global_step == first:
+                runtime.keep_compiled_graphs()
             if metrics:
                 metrics.write(dataclasses.asdict(report))
             bar.update()
@@ -202,6 +238,7 @@ def train(trainer, states, origin: dict, signals: runtime.StopSignals) -> None:
             saves_state = stops or (report.global_step % options.save_every == 0 if options.save_every else saves)
             if saves or saves_state:
                 trainer.require_equal_weights()
+                trainer.require_finite_weights()
             if saves and ranks.is_first:
                 for path in trainer.save(output, epoch):
                     logger.info("saved %s", path)
@@ -224,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
             ranks = join(device)
             name = f"{name}: rank {ranks.rank}"
         run(options, config, ranks, device, signals)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OverflowError, MemoryError, OSError) as error:
         fail(name, error, at_once=ranks.size > 1)
     except runtime.Interrupted:
         if ranks.is_first:

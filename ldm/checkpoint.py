@@ -12,21 +12,28 @@ import numpy as np
 from mindspore import nn
 from safetensors.numpy import save_file
 
+from ldm.runtime import write_text
 from ldm.weight_files import CKPT_DTYPES, WeightFile, write_ckpt
 
+DIGESTS = "checkpoints.sha256"
 logger = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: Path) -> Mapping[str, np.ndarray]:
     """Parameter name to array, from a MindSpore .ckpt or a safetensors file; an array is read when it is asked for.
 
+    Where a file `checkpoints.sha256` lies beside it and names it, its SHA-256 is compared first.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is neither, or damaged.
+        ValueError: the file is neither, damaged, or not what was written.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path}: no such file; see models/README.md for where to get it")
+    wanted = recorded_digests(path.parent).get(path.name)
+    if wanted and sha256_of(path) != wanted:
+        raise ValueError(f"{path}: not what was written, its SHA-256 differs from the one in {DIGESTS}; it is damaged or was replaced")
     try:
         return WeightFile(path)
     except ValueError as error:
@@ -61,7 +68,7 @@ def fill(parameters: Mapping[str, ms.Parameter], weights: Mapping[str, np.ndarra
             shapes.append(f"{name} {values.shape} instead of {tuple(parameter.shape)}")
         elif values.dtype.kind != "f":
             kinds.append(f"{name} {values.dtype}")
-        elif not _is_finite(_cast(values, parameter)):
+        elif not is_finite(_cast(values, parameter)):
             infinite.append(name)
     wrong = {
         "missing": missing,
@@ -82,7 +89,7 @@ def _cast(values: np.ndarray, parameter: ms.Parameter) -> np.ndarray:
         return values.astype(CKPT_DTYPES[str(parameter.dtype)], copy=False)
 
 
-def _is_finite(values: np.ndarray) -> bool:
+def is_finite(values: np.ndarray) -> bool:
     """Without an array of booleans: no sum in float64 of finite float32 values overflows, and NaN and Inf stay."""
     with np.errstate(invalid="ignore"):  # Inf - Inf
         return bool(np.isfinite(values.sum(dtype=np.float64)))
@@ -112,6 +119,21 @@ def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path) -> s
         return digest
     finally:
         partial.unlink(missing_ok=True)
+
+
+def recorded_digests(folder: Path) -> dict[str, str]:
+    """File name to SHA-256, from the folder's `checkpoints.sha256`, which `sha256sum --check` reads too."""
+    path = folder / DIGESTS
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines) if name}
+
+
+def record_digest(path: Path, digest: str) -> None:
+    """Note a file's SHA-256 in its folder's `checkpoints.sha256`."""
+    digests = recorded_digests(path.parent) | {path.name: digest}
+    write_text(path.with_name(DIGESTS), "".join(f"{value}  {name}\n" for name, value in sorted(digests.items())))
 
 
 def sha256_of(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import io
 import os
 import sys
 import typing
@@ -11,7 +12,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import AliasEvent, YAMLError, parse
+
+LARGEST_CONFIGURATION = 2**20  # bytes
 
 
 class ConfigError(ValueError):
@@ -103,8 +106,13 @@ def read_mapping(path: str | Path) -> dict:
     """A JSON or YAML file's top-level mapping. Nothing in it is executed."""
     require_file(Path(path), "configuration", "check the path")
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        if Path(path).stat().st_size > LARGEST_CONFIGURATION:
+            raise ValueError(f"larger than {LARGEST_CONFIGURATION} bytes")
+        text = Path(path).read_text(encoding="utf-8")
+        if any(isinstance(event, AliasEvent) for event in parse(text)):  # a few nested ones are a file of gigabytes
+            raise ValueError("references (*name) are not read, write the values out")
+        loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=True)
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not readable as JSON or YAML: {reason}") from None
     if not isinstance(loaded, dict):
@@ -196,7 +204,7 @@ def read_model_config(path: str | Path) -> ModelConfig:
 
 def fail(command: str, error: Exception, at_once: bool = False) -> typing.NoReturn:
     """End a command for an error that is the user's to mend: one line, exit status 2. `at_once`: without any farewell to other processes."""
-    print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"{command}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True)
     if at_once:
         os._exit(2)
     sys.exit(2)

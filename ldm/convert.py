@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from ldm.config import ModelConfig
+from ldm.torch_files import read_torch_file
+from ldm.weight_files import WeightFile
 
 WEIGHT_FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -190,14 +192,26 @@ def diffusers_configs(config: ModelConfig) -> dict[str, dict]:
     }
 
 
-def read_diffusers_folder(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """The weights in a diffusers folder. Raises FileNotFoundError. Only safetensors files are read."""
+def read_diffusers_folder(folder: Path) -> dict[str, Mapping[str, np.ndarray]]:
+    """The weights in a diffusers folder, from safetensors files or, where there are none, PyTorch's .bin.
+
+    Raises:
+        FileNotFoundError: a part has neither.
+        ValueError: a file is damaged, or a .bin holds anything but tensors.
+    """
     result = {}
-    for part, file in WEIGHT_FILES.items():
-        path = folder / part / file
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a diffusers folder with safetensors weights is wanted")
-        result[part] = load_file(path)
+    for part, name in WEIGHT_FILES.items():
+        path = folder / part / name
+        older = path.with_name(name.replace("model.safetensors", "pytorch_model.bin") if part == "text_encoder" else f"{path.stem}.bin")
+        if path.is_file():
+            try:
+                result[part] = WeightFile(path)
+            except ValueError as error:
+                raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+        elif older.is_file():
+            result[part] = read_torch_file(older)
+        else:
+            raise FileNotFoundError(f"{path}: no such file, nor {older.name}; a folder in diffusers' layout is wanted")
     return result
 
 

@@ -27,14 +27,14 @@ def load_instance_images(folder: Path) -> list[Path]:
     """The pictures of a folder, each of them opened once.
 
     Raises:
-        ValueError: the folder has none, or one is damaged.
+        ValueError: the folder has none, or one is damaged, too small or too narrow.
     """
     paths = images.list_images(folder)
     if not paths:
         suffixes = " ".join(sorted(images.SUFFIXES))
         raise ValueError(f"instance_data_dir {folder}: no pictures found ({suffixes}); put 3-5 of the subject there")
     for path in paths:
-        images.read_image(path)
+        images.require_usable(path)
     return paths
 
 
@@ -100,7 +100,8 @@ class DreamBoothData:
 
     def crops(self, count: int) -> list[Crop]:
         """The distinct crops of the first `count` samples, in the order of their first draw."""
-        return list(dict.fromkeys(self.crop(draw) for draw in self.draws(0, count)))
+        every = max(self.samples_per_epoch, len(self.class_paths))  # by then each has had its turn
+        return list(dict.fromkeys(self.crop(draw) for draw in self.draws(0, min(count, every))))
 
     def square(self, crop: Crop) -> np.ndarray:
         """(size, size, 3) uint8."""

@@ -3,17 +3,20 @@
 import logging
 import os
 import tempfile
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw"}  # pictures, too: not to be passed over silently
+SMALLEST_SIDE, LARGEST_ASPECT = 16, 10
 logger = logging.getLogger(__name__)
 
 
 def read_image(path: Path) -> Image.Image:
-    """The picture as RGB, upright (EXIF orientation applied), transparency on white.
+    """The picture as sRGB, upright (EXIF orientation applied), transparency on white; of an animation or MPO the first frame.
 
     Raises:
         ValueError: the file is damaged or no picture; the message names it.
@@ -21,21 +24,44 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             picture.load()
+            profile = picture.info.get("icc_profile") if picture.mode in ("RGB", "RGBA") else None
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):  # 16 bits: PIL's own conversion clips at 255
                 picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
             if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error}); remove or replace it") from None
+            return _to_srgb(picture.convert("RGB"), profile)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable picture ({str(error) or type(error).__name__}); remove or replace it") from None
+
+
+def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
+    """Colours of an embedded profile (Display P3 on phones) as sRGB has them; a damaged profile is passed over."""
+    if not profile:
+        return picture
+    try:
+        return ImageCms.profileToProfile(picture, BytesIO(profile), ImageCms.createProfile("sRGB"))
+    except (ImageCms.PyCMSError, OSError):
+        return picture
+
+
+def require_usable(path: Path) -> None:
+    """Raises ValueError where a picture cannot be read, or is too small or too narrow to learn from."""
+    width, height = read_image(path).size
+    if min(width, height) < SMALLEST_SIDE or max(width, height) > LARGEST_ASPECT * min(width, height):
+        raise ValueError(
+            f"{path}: {width} x {height} pixels, sides of {SMALLEST_SIDE} or more and at most {LARGEST_ASPECT}:1 are wanted; remove or crop it"
+        )
 
 
 def list_images(folder: Path) -> list[Path]:
     """The picture files in a folder, in the order of their names; everything else is left out and counted in the log.
 
     A file counts as a picture by its suffix, so that one which is damaged is noticed instead of passed over.
+
+    Raises:
+        ValueError: a picture is of a format that is not read.
     """
     images, left_out = [], {"hidden files": 0, "sub-folders": 0, "other files": 0}
     for path in sorted(folder.iterdir()):
@@ -45,6 +71,8 @@ def list_images(folder: Path) -> list[Path]:
             left_out["sub-folders"] += 1
         elif path.suffix.lower() in SUFFIXES:
             images.append(path)
+        elif path.suffix.lower() in NOT_READ:
+            raise ValueError(f"{path}: pictures in {path.suffix[1:].upper()} are not read; save it as JPEG or PNG, or remove it")
         else:
             left_out["other files"] += 1
     skipped = ", ".join(f"{count} {what}" for what, count in left_out.items() if count)

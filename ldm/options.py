@@ -85,14 +85,14 @@ class TrainOptions:
     device: str = option("auto", "run", "where to run; auto: Ascend where there is one, else CPU", choices=DEVICES)
     mode: int = option(0, "run", "0 graph mode, 1 PyNative (for debugging)", choices=(0, 1))
     compile_cache: bool = option(True, "run", "keep compiled graphs for the next start")
-    use_parallel: bool = option(False, "run", "several devices: not available yet")
+    use_parallel: bool = option(False, "run", "data parallel over the processes that mpirun or msrun started")
     use_lora: bool = option(False, "run", "LoRA: not available yet")
     lora_rank: int = option(4, "run", "LoRA rank: not available yet", least=1)
     lora_fp16: bool = option(True, "run", "LoRA in float16: not available yet")
 
     def check(self) -> None:
         """Raise ConfigError for combinations that cannot work and for files that are not there."""
-        _refuse_parallel_and_lora(self)
+        _refuse_lora(self)
         if not self.lora_fp16:
             raise ConfigError("lora_fp16=False: this version has no LoRA yet; leave the option out")
         needed = ["instance_data_dir", "instance_prompt"]
@@ -190,7 +190,7 @@ class SampleOptions:
 
     def check(self) -> None:
         """Raise ConfigError for combinations that cannot work and for files that are not there."""
-        _refuse_parallel_and_lora(self)
+        _refuse_lora(self)
         named = {name for name in SAMPLER_NAMES[1:] if getattr(self, name)}
         if len(named) > 1 or (named and self.sampler not in ("plms", *named)):
             raise ConfigError(f"one sampler is wanted, several are named: {', '.join(sorted(named | {self.sampler} - {'plms'}))}")
@@ -204,9 +204,7 @@ class SampleOptions:
         require_file(Path(self.ckpt_path), "checkpoint", "give --ckpt_path (see models/README.md)")
 
 
-def _refuse_parallel_and_lora(options) -> None:
-    if getattr(options, "use_parallel", False):
-        raise ConfigError("use_parallel=True: this version trains on one device; leave the option out")
+def _refuse_lora(options) -> None:
     if options.use_lora or options.lora_rank != 4 or getattr(options, "lora_ckpt_path", None):
         raise ConfigError("LoRA (use_lora, lora_rank, lora_ckpt_path): this version has none yet; leave the options out")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from zlib import crc32
 
 import numpy as np
 
@@ -105,7 +106,7 @@ def check_launch(use_parallel: bool) -> None:
 
 def join(device: str) -> Ranks:
     """Join the other processes; the device is chosen already. Raises RuntimeError where they do not come together."""
-    from mindspore import communication
+    from mindspore import communication, set_auto_parallel_context
 
     if device == "CPU":
         # MindSpore's default of 30 seconds is for a peer that computes, not for one that compiles or writes a checkpoint.
@@ -113,6 +114,8 @@ def join(device: str) -> Ranks:
     if device == "CPU" and launcher() == "mpirun":
         return _join_by_store(int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"]))
     communication.init()
+    if device == "Ascend":  # gradients travel in pieces of 64 MB while the backward pass goes on (docs/scaling.md; never run)
+        set_auto_parallel_context(comm_fusion={"allreduce": {"mode": "size", "config": 64}})
     return Ranks(communication.get_rank(), communication.get_group_size())
 
 
@@ -123,9 +126,9 @@ def _join_by_store(rank: int, size: int) -> Ranks:
     except ImportError:
         raise ValueError("mpirun on a CPU needs MindSpore 2.10: this version has no way to join; use msrun") from None
     os.environ.setdefault("RANK_ID", str(rank)), os.environ.setdefault("RANK_SIZE", str(size))
-    # The job's number is the same in all its processes and differs between jobs of a machine.
-    job = int(os.environ.get("OMPI_MCA_ess_base_jobid", "0")) >> 16
-    host, port = os.environ.get("MS_STORE_HOST", "127.0.0.1"), int(os.environ.get("MS_STORE_PORT", 20000 + job % 10000))
+    # The job's name is the same in all its processes and differs between jobs of a machine.
+    job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("OMPI_MCA_ess_base_jobid", "")
+    host, port = os.environ.get("MS_STORE_HOST", "127.0.0.1"), int(os.environ.get("MS_STORE_PORT", 20000 + crc32(job.encode()) % 10000))
     limit = timedelta(seconds=TIMEOUT_SECONDS)
     _init_with_store("mccl", limit, size, rank, TCPStore(host, port, size, rank == 0, limit))
     return Ranks(rank, size)

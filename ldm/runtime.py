@@ -11,6 +11,7 @@ import gc
 import hashlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
+COMPLETE = "complete"  # the file that says that a folder of compiled graphs is whole
 _held_locks = []
 
 
@@ -33,8 +35,14 @@ def prepare_environment() -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file, whole or not at all."""
     partial = path.with_name(f".{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class _BarHandler(logging.StreamHandler):
@@ -44,12 +52,13 @@ class _BarHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def start_logging(level: str, log_file: Path | None = None) -> None:
-    """Log lines of this program to standard error and, where given, to a file as well."""
+def start_logging(level: str, log_file: Path | None = None, who: str = "") -> None:
+    """Log lines of this program to standard error and, where given, to a file as well; `who` stands before each."""
+    logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no reason for a traceback
     handlers: list[logging.Handler] = [_BarHandler()]
     if log_file:
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers, force=True)
+    logging.basicConfig(level=level, format=f"%(asctime)s {who}%(levelname)s %(message)s", handlers=handlers, force=True)
 
 
 def start_device(device: str, mode: int) -> str:
@@ -155,9 +164,19 @@ def enable_compile_cache(*facts) -> None:
         os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
         return
     _held_locks.append(lock)
+    if not (folder / COMPLETE).exists():  # of a process that was killed while it wrote them
+        for entry in set(folder.iterdir()) - {folder / "lock"}:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     os.environ["MS_COMPILER_CACHE_ENABLE"] = "1"
     os.environ["MS_COMPILER_CACHE_PATH"] = str(folder)
     logger.info("compile cache: %s", folder)
+
+
+def keep_compiled_graphs() -> None:
+    """Say that all graphs of this run are compiled: the next start finds none that are half written."""
+    if os.environ.get("MS_COMPILER_CACHE_ENABLE") == "1":
+        with contextlib.suppress(OSError):
+            Path(os.environ["MS_COMPILER_CACHE_PATH"], COMPLETE).touch()
 
 
 def memory_is_short(trained_bytes: int) -> bool:
@@ -182,6 +201,7 @@ def start_again() -> None:
     """
     if os.environ.get("DREAMBOOTH_STARTED_AGAIN") or os.environ.get("MS_COMPILER_CACHE_ENABLE") != "1":
         return
+    keep_compiled_graphs()
     os.environ["DREAMBOOTH_STARTED_AGAIN"] = "1"
     os.environ["MS_COMPILER_CACHE_PATH"] = str(Path(os.environ["MS_COMPILER_CACHE_PATH"]).parent)  # as enable_compile_cache found it
     logging.shutdown()

@@ -16,7 +16,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from ldm import runtime
-from ldm.checkpoint import fill, save_weights, spill, weights_of
+from ldm.checkpoint import fill, is_finite, record_digest, save_weights, spill, weights_of
 from ldm.config import ModelConfig
 from ldm.data import Draw, DreamBoothData
 from ldm.latent_cache import Moments
@@ -31,6 +31,8 @@ from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 from ldm.train_step import AccumulatedUpdate, TrainStep, Update
 
+PROGRESS = ("global_step", "updates_applied", "skipped_in_a_row")  # numbers of updates, of the trainer's state
+MAX_SKIPPED_IN_A_ROW = 50  # updates; a loss scale that halves 50 times has left float16's range long before
 logger = logging.getLogger(__name__)
 
 
@@ -59,6 +61,10 @@ class Report:
             f"step {self.global_step}/{self.total_steps} epoch {self.epoch} loss {self.loss:.4f}{prior} "
             f"lr {self.learning_rate:.3g}, {self.images_per_second:.2f} images/s, {left} left{overflow}"
         )
+
+
+class TooManyOverflows(FloatingPointError):
+    """Float16 overflowed in update after update; the weights are still those of before."""
 
 
 def trained_networks(model: LatentDiffusion, options: TrainOptions) -> list[nn.Cell]:
@@ -98,6 +104,7 @@ class Trainer:
         self.schedule = NoiseSchedule(config.noise_schedule)
         self.released: dict[str, np.ndarray] = {}
         self.global_step = 0
+        self.skipped_in_a_row = 0
         self.updates_applied = 0  # without those that an overflow skipped: Adam's bias correction counts these
         self.samples_per_update = options.samples_per_update * ranks.size
         self.total_steps = total_updates(options, data, ranks)
@@ -176,6 +183,7 @@ class Trainer:
         skipped = not bool(applied)
         self.global_step += 1
         self.updates_applied += not skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.config.use_fp16:
             self.loss_scale.update(skipped)
         if self.average and not skipped:
@@ -183,13 +191,25 @@ class Trainer:
         return losses, float(norm), skipped
 
     def run(self) -> Iterator[Report]:
-        """Train to the end, yielding a report after every update. Raises FloatingPointError for a loss that is not finite."""
+        """Train to the end, yielding a report after every update.
+
+        Raises:
+            FloatingPointError: a float32 loss that is not finite, after which the weights are lost; or in float16 too many
+                updates skipped in a row, which leave the weights as they were.
+        """
         first = self.global_step + 1
         while self.global_step < self.total_steps:
             rate = self.learning_rate(self.global_step)
             losses, norm, skipped = self.one_update()
             if not np.isfinite(losses).all() and not self.config.use_fp16:
-                raise FloatingPointError(f"the loss is {losses[0]} at step {self.global_step}: lower start_learning_rate")
+                raise FloatingPointError(
+                    f"the loss is {losses[0]} at step {self.global_step}: lower start_learning_rate, or give --clip_grad"
+                )
+            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise TooManyOverflows(
+                    f"{self.skipped_in_a_row} updates in a row overflowed in float16, up to step {self.global_step}: lower "
+                    "start_learning_rate, give --clip_grad, or set use_fp16: False in the model configuration"
+                )
             if self.global_step == first:
                 start, speed, left = time.perf_counter(), 0.0, 0.0  # compiling is not counted
             else:
@@ -200,14 +220,31 @@ class Trainer:
     @property
     def epoch(self) -> int:
         """The epoch, from 1, that the last update belongs to."""
-        return max(1, math.ceil(self.global_step * self.samples_per_update / self.data.samples_per_epoch - 1e-9))
+        reached = math.ceil(self.global_step * self.samples_per_update / self.data.samples_per_epoch - 1e-9)
+        return min(max(1, reached), self.options.epochs)
+
+    def epochs_done(self, global_step: int) -> int:
+        return global_step * self.samples_per_update // self.data.samples_per_epoch
 
     def finished_epoch(self) -> int | None:
         """The epoch that the last update finished, if it did."""
-        per_epoch = self.data.samples_per_epoch
-        before, now = ((self.global_step - k) * self.samples_per_update // per_epoch for k in (1, 0))
+        before, now = (self.epochs_done(self.global_step - k) for k in (1, 0))
         now = min(now, self.options.epochs) if self.global_step < self.total_steps else self.options.epochs
         return now if now > before else None
+
+    def checkpoints_to_come(self) -> int:
+        """How many epochs that end after the present update leave a checkpoint."""
+        done, interval, epochs = self.epochs_done(self.global_step), self.options.ckpt_save_interval, self.options.epochs
+        return max(0, epochs // interval - done // interval + (epochs % interval > 0))
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of the whole model's weights on the disk."""
+        return sum(p.nbytes for p in self.model.get_parameters()) + sum(array.nbytes for array in self.released.values())
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(p.nbytes for p in self.state()[0].values())
 
     def require_equal_weights(self) -> None:
         """Raises ValueError where the processes' trained weights are not the same, bit by bit."""
@@ -220,24 +257,34 @@ class Trainer:
             delattr(self.model, name)
         runtime.release_memory()
 
+    def require_finite_weights(self) -> None:
+        """Raises FloatingPointError where a trained weight is NaN or infinite."""
+        broken = [parameter.name for parameter in self.parameters if not is_finite(parameter.asnumpy())]
+        if broken:
+            raise FloatingPointError(
+                f"{len(broken)} weights are not finite after step {self.global_step} ({broken[0]}): lower start_learning_rate"
+            )
+
     def state(self) -> tuple[dict[str, ms.Parameter], dict]:
         """What the next update depends on, between two updates: parameters by name, and the progress as JSON takes it."""
         parameters = [*self.parameters, *self.optimizer.moment1, *self.optimizer.moment2, *(self.average.average if self.average else ())]
-        progress = {name: getattr(self, name) for name in ("global_step", "updates_applied")}
+        progress = {name: getattr(self, name) for name in PROGRESS}
         return {p.name: p for p in parameters}, progress | {"loss_scale": vars(self.loss_scale)}
 
     def restore(self, arrays: Mapping[str, np.ndarray], progress: dict, source: str) -> None:
         """Go back to a state. Raises ValueError where it is not of this configuration."""
         fill(self.state()[0], arrays, source)
-        self.global_step, self.updates_applied = progress["global_step"], progress["updates_applied"]
-        vars(self.loss_scale).update(progress["loss_scale"])
+        for name in PROGRESS:
+            setattr(self, name, int(progress[name]))
+        for name in vars(self.loss_scale):
+            setattr(self.loss_scale, name, float(progress["loss_scale"][name]))
 
     def save(self, folder: Path, epoch: int) -> list[Path]:
         """Write the whole model's weights, and with EMA the averaged ones beside them."""
         weights = weights_of(self.model) | self.released
-        paths = [folder / f"dreambooth_epoch_{epoch}.ckpt"]
-        save_weights(weights, paths[0])
+        files = {folder / f"dreambooth_epoch_{epoch}.ckpt": weights}
         if self.average:
-            paths.append(folder / f"dreambooth_epoch_{epoch}_ema.ckpt")
-            save_weights(weights | self.average.weights(), paths[1])
-        return paths
+            files[folder / f"dreambooth_epoch_{epoch}_ema.ckpt"] = weights | self.average.weights()
+        for path, values in files.items():
+            record_digest(path, save_weights(values, path))
+        return list(files)

@@ -2,6 +2,7 @@
 
     python scripts/bench.py --preset tiny
     python scripts/bench.py --preset full --figures step,denoise,decode --json bench.json
+    python scripts/bench.py --ranks 2             # how training scales: see scripts/bench_ranks.py
 
 Each side fills its networks with random weights of its own; values do not matter here (tests/ compare those). A figure is
 the median of its timed repetitions over all rounds; the first of every process is left out, since it compiles. The peer
@@ -39,6 +40,8 @@ from statistics import median
 ENVIRONMENT = dict(os.environ)  # before ldm sets variables for MindSpore, which are not to reach the peer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import bench_ranks
+
 from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, read_model_config
 from ldm.convert import diffusers_configs
 from ldm.tokenizer import Tokenizer
@@ -226,6 +229,7 @@ def main() -> None:
     parser.add_argument("--figures", help=f"some of {','.join(known['smoke'].figures)} [the preset's]")
     parser.add_argument("--steps", type=int, help="timed repetitions of a process, after the first [the preset's]")
     parser.add_argument("--rounds", type=int, default=2, help="processes of either side for a figure, in turns [%(default)s]")
+    parser.add_argument("--ranks", type=int, help="instead: this many processes with a core each against one (the peer) with one core")
     parser.add_argument("--json", type=Path, help="write the figures to this file, after each of them")
     options = parser.parse_args()
     preset = known[options.preset]
@@ -239,8 +243,8 @@ def main() -> None:
     report["versions"] = {name: version(name) for name in ("mindspore", "torch", "diffusers", "transformers", "numpy")}
     with tempfile.TemporaryDirectory() as cache:
         runs = Runs(preset, options.rounds, Path(cache))
-        for kind in chosen:
-            for figure in figures(kind, runs):
+        for kind in chosen if not options.ranks else ["ranks"]:
+            for figure in bench_ranks.figures(options.ranks) if options.ranks else figures(kind, runs):
                 report["figures"].append(figure)
                 print(line(figure), file=sys.stderr)
             if options.json:

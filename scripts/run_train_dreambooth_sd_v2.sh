@@ -27,9 +27,10 @@ train_config_file="${train_config_file:-configs/train_dreambooth_sd_v2.json}"
 image_size="${image_size:-512}"
 train_batch_size="${train_batch_size:-1}"
 
-exec "${PYTHON:-python}" train_dreambooth.py \
+# shellcheck disable=SC2086  # words of a command
+exec ${launch:-} "${PYTHON:-python}" train_dreambooth.py \
   --mode=0 \
-  --use_parallel=False \
+  --use_parallel="${use_parallel:-False}" \
   --instance_data_dir="$instance_data_dir" \
   --instance_prompt="$instance_prompt" \
   --class_data_dir="$class_data_dir" \

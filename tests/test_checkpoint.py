@@ -1,10 +1,12 @@
+import hashlib
+
 import mindspore as ms
 import numpy as np
 import pytest
 from conftest import SHALLOW, random_model, weights_as_arrays
 from safetensors.numpy import save_file
 
-from ldm.checkpoint import load_weights, read_checkpoint, save_weights, weights_of
+from ldm.checkpoint import load_weights, read_checkpoint, record_digest, save_weights, weights_of
 from ldm.convert import diffusers_configs, from_diffusers, read_diffusers_folder, to_diffusers, write_diffusers_folder
 from ldm.models.latent_diffusion import build_model
 
@@ -105,6 +107,38 @@ def test_conversion_to_diffusers_and_back(tmp_path, model, weights):
     assert {p.name for p in folder.iterdir()} == diffusers_configs(SHALLOW).keys()
     with pytest.raises(FileExistsError):
         write_diffusers_folder(folder, weights, SHALLOW)
+
+
+def test_a_folder_with_pytorchs_older_files_is_converted_too(tmp_path, weights):
+    """.bin files hold the same arrays, as float16 and under the same names; a folder with neither is refused."""
+    import torch
+
+    folder, shapes = tmp_path / "diffusers", {name: value.shape for name, value in weights.items()}
+    write_diffusers_folder(folder, weights, SHALLOW)
+    older = {"unet": "diffusion_pytorch_model.bin", "vae": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}
+    for part, values in to_diffusers(weights, SHALLOW).items():
+        torch.save({name: torch.from_numpy(value.copy()).half() for name, value in values.items()}, folder / part / older[part])
+        next((folder / part).glob("*.safetensors")).unlink()
+    back = from_diffusers(read_diffusers_folder(folder), shapes, SHALLOW)
+    assert all(np.array_equal(back[name], weights[name].astype(np.float16)) for name in weights)
+    (folder / "unet/diffusion_pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model.safetensors: no such file, nor diffusion_pytorch_model.bin"):
+        read_diffusers_folder(folder)
+
+
+def test_a_recorded_checksum_is_compared(tmp_path, weights):
+    """One bit of one value, which the format itself does not notice."""
+    path = tmp_path / "a.ckpt"
+    record_digest(path, save_weights(weights, path))
+    assert (tmp_path / "checkpoints.sha256").read_text() == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  a.ckpt\n"
+    read_checkpoint(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.ckpt: not what was written, its SHA-256 differs"):
+        read_checkpoint(path)
+    (tmp_path / "checkpoints.sha256").unlink()
+    read_checkpoint(path)
 
 
 def test_conversion_is_strict(weights):

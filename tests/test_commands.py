@@ -26,22 +26,29 @@ def place(tmp_path_factory):
     return folder
 
 
+def environment(place):
+    clean = {name: value for name, value in os.environ.items() if name != "MS_COMPILER_CACHE_PATH"}
+    return clean | {"XDG_CACHE_HOME": str(place / "cache")}
+
+
 def run(place, *arguments, status=0, script=ROOT / "train_dreambooth.py"):
-    environment = os.environ | {"XDG_CACHE_HOME": str(place / "cache")}
-    environment.pop("MS_COMPILER_CACHE_PATH", None)
     done = subprocess.run(
-        [sys.executable, str(script), *arguments], cwd=place, env=environment, capture_output=True, text=True, timeout=400
+        [sys.executable, str(script), *arguments], cwd=place, env=environment(place), capture_output=True, text=True, timeout=400
     )
     assert done.returncode == status, done.stderr[-3000:]
     return done
 
 
-def train(place, *extra, status=0):
-    return run(
-        place, "--train_config=train.yaml", "--model_config=model.yaml", "--pretrained_model_file=base.ckpt", "--epochs=2",
+def train_arguments() -> list[str]:
+    return [
+        "--train_config=train.yaml", "--model_config=model.yaml", "--pretrained_model_file=base.ckpt", "--epochs=2",
         "--instance_data_dir=my dog", "--instance_prompt=a sks dog", "--class_data_dir=classes/dog", "--class_prompt=a dog",
-        "--num_class_images=3", "--train_batch_size=2", "--start_learning_rate=1e-4", *extra, status=status,
-    )  # fmt: skip
+        "--num_class_images=3", "--train_batch_size=2", "--start_learning_rate=1e-4",
+    ]  # fmt: skip
+
+
+def train(place, *extra, status=0):
+    return run(place, *train_arguments(), *extra, status=status)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,14 @@ def losses(place, folder):
 
 def test_training_leaves_what_it_promises(place, trained):
     assert sorted(p.name for p in (place / "classes/dog").iterdir()) == [f"class_{n:05d}.png" for n in range(3)]
-    names = {"dreambooth_epoch_1.ckpt", "dreambooth_epoch_2.ckpt", "effective_config.json", "metrics.jsonl", "train.log"}
+    names = {
+        "dreambooth_epoch_1.ckpt",
+        "dreambooth_epoch_2.ckpt",
+        "effective_config.json",
+        "metrics.jsonl",
+        "train.log",
+        "checkpoints.sha256",
+    }
     assert {p.name for p in (place / "out").iterdir()} == names | {".lock", "states"}
     assert [p.name for p in sorted((place / "out/states").iterdir())] == ["step_00000003", "step_00000005"]
     assert sorted(p.name for p in place.iterdir()) == ["cache", "classes", "model.yaml", "models", "my dog", "out", "train.yaml"]

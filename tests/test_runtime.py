@@ -48,6 +48,17 @@ def test_compile_cache_is_keyed_locked_and_put_where_the_user_says(tmp_path):
     assert (found["MS_COMPILER_CACHE_ENABLE"], found["SECOND"]) == ("1", "0")
 
 
+def test_compiled_graphs_of_a_run_that_was_killed_are_not_used(tmp_path):
+    """Only what `keep_compiled_graphs` was called for is there at the next start."""
+    given = {"MS_COMPILER_CACHE_PATH": str(tmp_path)}
+    enable = "runtime.enable_compile_cache('a')\nfolder = os.environ['MS_COMPILER_CACHE_PATH']\n"
+    write = "os.makedirs(folder + '/rank_0', exist_ok=True); open(folder + '/rank_0/graph', 'w')\n"
+    look = "os.environ['FOUND'] = str(os.path.exists(folder + '/rank_0/graph'))\n"
+    environment_after(enable + write, **given)
+    assert environment_after(enable + look + write + "runtime.keep_compiled_graphs()", **given)["FOUND"] == "False"
+    assert environment_after(enable + look, **given)["FOUND"] == "True"
+
+
 def test_an_unwritable_cache_folder_is_no_error(tmp_path):
     (tmp_path / "file").write_text("")
     found = environment_after("runtime.enable_compile_cache('a')", MS_COMPILER_CACHE_PATH=str(tmp_path / "file"))

@@ -5,7 +5,7 @@ import ast
 from conftest import ROOT
 
 ROWS = [
-    {"config", "runtime", "ranks", "images", "tokenizer", "weight_files"},
+    {"config", "runtime", "ranks", "images", "tokenizer", "weight_files", "torch_files"},
     {"options", "schedule", "models.kernels"},
     {"models.convolution"},
     {"models.layers"},
@@ -41,4 +41,5 @@ def test_imports_point_downwards():
 def test_files_stay_small_and_without_torch():
     for path in [*ROOT.glob("*.py"), *(ROOT / "ldm").rglob("*.py")]:
         assert len(path.read_text().splitlines()) <= 350, path
-        assert not {name.split(".")[0] for name in imports(path)} & {"torch", "diffusers", "transformers", "pickle"}, path
+        allowed = {"pickle"} if path.name == "torch_files.py" else set()  # which runs it with an allow-list
+        assert not {name.split(".")[0] for name in imports(path)} & {"torch", "diffusers", "transformers", "pickle"} - allowed, path

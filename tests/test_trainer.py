@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import SHALLOW, in_half, random_model, torch_networks, weights_as_arrays, write_pictures
 
+from ldm import trainer as trainer_module
 from ldm.checkpoint import read_checkpoint
 from ldm.convert import diffusers_names
 from ldm.data import DreamBoothData
@@ -167,3 +168,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     trainer.one_update = lambda: (np.array([np.nan, 1, 1]), 0.0, False)
     with pytest.raises(FloatingPointError, match="lower start_learning_rate"):
         next(trainer.run())
+
+
+def test_too_many_overflows_in_a_row_end_the_training_with_its_weights(tmp_path, monkeypatch):
+    """A scale that no overflow brings down far enough: after three (here) the run ends, the weights are those of before."""
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED_IN_A_ROW", 3)
+    options = dataclasses.replace(OPTIONS, init_loss_scale=2.0**100, loss_scale_factor=1.5)
+    model = random_model(SHALLOW)
+    before = weights_as_arrays(model)
+    trainer = make_trainer(random_model(in_half(SHALLOW)), in_half(SHALLOW), options, make_data(tmp_path, options))
+    reports = []
+    with pytest.raises(FloatingPointError, match="3 updates in a row overflowed in float16, up to step 3: lower start_learning_rate"):
+        reports += trainer.run()
+    assert trainer.global_step == 3 and trainer.updates_applied == 0
+    assert all(np.array_equal(value, before[name]) for name, value in weights_as_arrays(trainer.model).items())
+    trainer.require_finite_weights()
+    trainer.parameters[0].set_data(trainer.parameters[0] * float("nan"))
+    with pytest.raises(FloatingPointError, match="1 weights are not finite after step 3"):
+        trainer.require_finite_weights()

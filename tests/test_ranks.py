@@ -1,0 +1,194 @@
+"""Two processes against one: the same steps, the same pictures; and all of them end where one does."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_commands import environment, place, run, train_arguments  # noqa: F401
+from test_stopping import steps_done, wait_for
+
+from ldm import runtime
+from ldm.checkpoint import read_checkpoint
+from ldm.ranks import Ranks, check_launch
+
+BIN = os.path.dirname(sys.executable)
+STEPS = (
+    "--gradient_accumulation_steps=2", "--clip_grad=True", "--max_grad_norm=0.5", "--num_class_images=7", "--train_data_repeats=8",
+    "--epochs=2", "--random_crop=True", "--start_learning_rate=1e-4", "--save_every=4",
+)  # fmt: skip  # 40 samples an epoch, 8 an update: 10 updates
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launcher(name: str, logs) -> list[str]:
+    if name == "mpirun":
+        return [f"{BIN}/mpirun", "-n", "2", "--oversubscribe", *(["--allow-run-as-root"] if os.getuid() == 0 else []), sys.executable]
+    return [
+        f"{BIN}/msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}", f"--log_dir={logs}", "--join=True",
+        "--cluster_time_out=120",
+    ]  # fmt: skip
+
+
+def command(place, name: str, folder: str, *extra) -> tuple[list[str], dict]:  # noqa: F811
+    script = [str(ROOT / "train_dreambooth.py"), *train_arguments(), *STEPS, f"--output_path={folder}", *extra]
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return [*launcher(name, place / f"{folder}-logs"), *script], environment(place) | {"PATH": path, "MS_NODE_TIMEOUT": "10"}
+
+
+def train_with_two(place, name: str, folder: str, *extra, status=0) -> str:  # noqa: F811
+    words, variables = command(place, name, folder, "--use_parallel=True", "--train_batch_size=2", *extra)
+    done = subprocess.run(words, cwd=place, env=variables, capture_output=True, text=True, timeout=600)
+    logs = "".join(path.read_text() for path in sorted((place / f"{folder}-logs").glob("worker*.log")))
+    assert (done.returncode != 0) == (status != 0), done.stderr[-3000:] + logs[-3000:]
+    return done.stdout + done.stderr + logs
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def rows(folder, name):
+    return np.array([json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+
+
+def assert_same_training(place, one, two):  # noqa: F811
+    """Losses within 1e-5, the change of the weights within 1e-3 in relative L2: sums over a batch in another order, nothing more."""
+    assert np.allclose(rows(one, "loss"), rows(two, "loss"), rtol=1e-5, atol=0)
+    assert np.allclose(rows(one, "gradient_norm"), rows(two, "gradient_norm"), rtol=1e-4)
+    base = read_checkpoint(place / "models/base.ckpt")
+    ours, theirs = (read_checkpoint(folder / "dreambooth_epoch_2.ckpt") for folder in (one, two))
+    change = difference = 0.0
+    for name in base:
+        change += np.square(ours[name].astype(np.float64) - base[name]).sum()
+        difference += np.square(ours[name].astype(np.float64) - theirs[name]).sum()
+    print(f"relative L2 difference of the change {np.sqrt(difference / change):.1e}")
+    assert change > 0 and np.sqrt(difference / change) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def one(place):  # noqa: F811
+    """One process with the global batch."""
+    run(place, *train_arguments(), *STEPS, "--train_batch_size=4", "--output_path=one")
+    return place / "one"
+
+
+@pytest.fixture(scope="module")
+def two(place, one):  # noqa: F811
+    """Two processes under mpirun, from the class pictures on: what they said, and the class pictures of `one`."""
+    drawn = files(place / "classes/dog")
+    shutil.move(place / "classes", place / "classes of one")
+    shutil.rmtree(place / "cache/dreambooth-mindspore/latents")
+    return train_with_two(place, "mpirun", "two"), drawn
+
+
+def test_two_under_mpirun_train_as_one(place, one, two):  # noqa: F811
+    """From class pictures to weights. That both ranks' weights are the same bit by bit is checked at every checkpoint."""
+    said, drawn = two
+    assert sorted(drawn) == [f"class_{n:05d}.png" for n in range(7)] and files(place / "classes/dog") == drawn
+    assert_same_training(place, one, place / "two")
+    assert said.count("saved two/dreambooth_epoch_1.ckpt") == 1 and "rank 1 INFO" not in said
+
+
+def test_two_under_msrun_survive_a_kill(place, one, two):  # noqa: F811
+    """SIGKILL of rank 1 in the middle: all end within 60 s. Resumed by two, the run ends with the bits of the one under mpirun that was
+    never stopped; resumed by one process with the same global batch, as near as a run of one process is."""
+    words, variables = command(place, "msrun", "killed", "--use_parallel=True", "--train_batch_size=2")
+    process = subprocess.Popen(words, cwd=place, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: steps_done(place / "killed") >= 5, 400)
+    start = time.monotonic()
+    os.kill(processes_of("killed")[1], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode and time.monotonic() - start < 60
+    wait_for(lambda: not processes_of("killed"), 60)
+    shutil.copytree(place / "killed", place / "by one")
+    train_with_two(place, "msrun", "killed", "--resume=latest")
+    ours, theirs = (read_checkpoint(place / name / "dreambooth_epoch_2.ckpt") for name in ("killed", "two"))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_training(place, one, place / "killed")
+    resumed = run(place, *train_arguments(), *STEPS, "--train_batch_size=4", "--output_path=by one", "--resume=latest")
+    assert "resumed from by one/states/step_00000004: 4 of 10 updates done" in resumed.stderr
+    assert_same_training(place, one, place / "by one")
+
+
+def processes_of(folder) -> list[int]:
+    """The training processes of an output folder, by rank; without msrun's own and its scheduler."""
+    found = []
+    for number in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = open(f"/proc/{number}/cmdline", "rb").read().split(b"\0")
+            variables = dict(entry.split(b"=", 1) for entry in open(f"/proc/{number}/environ", "rb").read().split(b"\0") if b"=" in entry)
+        except OSError:
+            continue
+        is_training = any(word.endswith(b"train_dreambooth.py") for word in words) and f"--output_path={folder}".encode() in words
+        rank = variables.get(b"OMPI_COMM_WORLD_RANK", variables.get(b"RANK_ID"))
+        if is_training and rank is not None and variables.get(b"MS_ROLE", b"MS_WORKER") == b"MS_WORKER" and b"mpirun" not in words[0]:
+            found.append((int(rank), int(number)))
+    return [number for _, number in sorted(found)]
+
+
+def test_an_error_of_one_rank_ends_all_with_a_line_that_names_it(place, one):  # noqa: F811
+    said = train_with_two(place, "mpirun", "failed", f"--instance_data_dir={place / 'one'}", status=2)
+    assert (
+        "train_dreambooth.py: rank 0: error: instance_data_dir" in said or "train_dreambooth.py: rank 1: error: instance_data_dir" in said
+    )
+    assert not processes_of("failed")
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all():
+    words = [*launcher("mpirun", None), str(ROOT / "tests/overflow_on_one_rank.py")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert sorted(row["rank"] for row in found) == [0, 1]
+    assert [row["skipped"] for row in found] == [[False, True, False, False]] * 2
+    assert found[0]["scale"] == found[1]["scale"] == 256 and found[0]["digest"] == found[1]["digest"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_share_is_nobody_elses(size):
+    items = list(range(7))
+    assert sorted(item for rank in range(size) for item in Ranks(rank, size).share(items)) == items
+
+
+LAUNCHED = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+
+
+def test_option_and_launch_must_fit(monkeypatch, place):  # noqa: F811
+    for name in ("MS_ROLE", "MS_WORKER_NUM", *LAUNCHED, "RANK_TABLE_FILE", "RANK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    check_launch(False)
+    error = run(place, *train_arguments(), "--use_parallel=True", status=2).stderr
+    assert (
+        error.startswith("train_dreambooth.py: error: use_parallel=True, but nothing started several processes") and error.count("\n") == 1
+    )
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    check_launch(True)
+    with pytest.raises(ValueError, match="started by mpirun, but without --use_parallel=True"):
+        check_launch(False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    check_launch(False)
+
+
+def test_warnings_name_their_rank(capsys):
+    import logging
+
+    before = logging.getLogger().handlers[:]
+    try:
+        runtime.start_logging("WARNING", who="rank 3 ")
+        logging.getLogger("x").warning("hello")
+    finally:
+        logging.getLogger().handlers[:] = before
+    assert "rank 3 WARNING hello" in capsys.readouterr().err

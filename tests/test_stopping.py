@@ -1,0 +1,149 @@
+"""Commands that are stopped, started twice, run out of space, or fail on numbers; and what is left afterwards."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+from conftest import ROOT
+from test_commands import environment, place, run, train, train_arguments  # noqa: F401
+
+from ldm.checkpoint import read_checkpoint
+
+
+def start(place, *extra, **options):  # noqa: F811
+    arguments = [sys.executable, str(ROOT / "train_dreambooth.py"), *train_arguments(), *extra]
+    return subprocess.Popen(arguments, cwd=place, env=environment(place), stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(condition, seconds=200):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def steps_done(folder) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+LONG = ("--epochs=1000", "--ckpt_save_interval=1000", "--gradient_accumulation_steps=2", "--use_ema=True", "--train_batch_size=1")
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):  # noqa: F811
+    """SIGTERM: the step in hand ends, the state is saved; a second run is refused meanwhile; another option is refused afterwards."""
+    folder = place / "stopped"
+    process = start(place, "--output_path=stopped", *LONG)
+    wait_for(lambda: steps_done(folder) >= 2)
+    assert "stopped: another run is writing into it" in train(place, "--output_path=stopped", "--resume=latest", status=2).stderr
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    done = steps_done(folder)
+    assert f"states/step_{done:08d}" in errors and errors.splitlines()[-1].startswith("stopped; go on with: python ")
+    assert errors.splitlines()[-1].endswith(" --resume=latest")
+    assert [path.name for path in (folder / "states").iterdir()] == [f"step_{done:08d}"] and not list(folder.glob("*.ckpt"))
+
+    changed = train(place, "--output_path=stopped", *LONG, "--resume=latest", "--seed=5", "--prior_loss_weight=0.5", status=2).stderr
+    assert "prior_loss_weight 1.0 -> 0.5; seed 3407 -> 5" in changed or "seed 3407 -> 5; prior_loss_weight 1.0 -> 0.5" in changed
+    epochs = done * 2 // 5 + 2  # 5 samples an epoch, 2 an update; the last update ends it
+    end = (*LONG, f"--epochs={epochs}", f"--ckpt_save_interval={epochs}")
+    resumed = train(place, "--output_path=stopped", *end, "--resume=latest")
+    assert f"resumed from stopped/states/step_{done:08d}: {done} of" in resumed.stderr
+    whole = train(place, "--output_path=whole", *end)
+    assert whole.returncode == 0
+    for name in (f"dreambooth_epoch_{epochs}.ckpt", f"dreambooth_epoch_{epochs}_ema.ckpt"):
+        ours, theirs = read_checkpoint(folder / name), read_checkpoint(place / "whole" / name)
+        assert all(np.array_equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
+    lines = [[json.loads(line)["loss"] for line in (place / f / "metrics.jsonl").read_text().splitlines()] for f in ("stopped", "whole")]
+    assert lines[0] == lines[1]
+    assert "updates are done already" in train(place, "--output_path=stopped", *end, "--resume=latest").stderr
+    check = subprocess.run(["sha256sum", "--check", "--strict", "checkpoints.sha256"], cwd=folder, capture_output=True, text=True)
+    assert check.returncode == 0 and check.stdout.count(": OK") == 2
+
+
+def test_a_second_signal_stops_at_once(place):  # noqa: F811
+    """SIGINT while compiling: no step is in hand, so the first one stops."""
+    process = start(place, "--output_path=interrupted", *LONG, "--compile_cache=False")
+    wait_for((place / "interrupted/train.log").exists)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert not list((place / "interrupted").glob("states/*")) and not list((place / "interrupted").glob("*.ckpt"))
+
+
+def files_below(size):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_file_that_cannot_be_written_leaves_the_last_good_state(place):  # noqa: F811
+    """The file-size limit stands for a full disk: it fails in the middle of a write."""
+    folder = place / "full"
+    steps = ("--output_path=full", "--epochs=2", "--save_every=1")
+    train(place, *steps, "--epochs=1")
+    good = {path: path.read_bytes() for path in folder.rglob("*.ckpt")}
+    limit = min(len(content) for content in good.values()) // 2
+    process = start(place, *steps, "--resume=latest", preexec_fn=files_below(limit))
+    errors = process.communicate(timeout=200)[1].splitlines()
+    assert process.returncode == 2 and errors[-1].startswith("train_dreambooth.py: error: ") and "File too large" in errors[-1]
+    assert not any("Traceback" in line for line in errors)
+    left = {path: path.read_bytes() for path in folder.rglob("*.ckpt")}
+    assert left == good and not list(folder.rglob("*.part*"))
+    train(place, *steps, "--resume=latest")
+    assert (folder / "dreambooth_epoch_2.ckpt").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_with_what_to_try(place):  # noqa: F811
+    """Its weights are never saved."""
+    done = train(place, "--output_path=lost", "--start_learning_rate=1e30", "--epochs=20", "--save_every=1", status=2)
+    last = done.stderr.splitlines()[-1]
+    assert "lower start_learning_rate" in last and ("the last good state is lost/states/step_" in last or "no state was saved" in last)
+    for path in (place / "lost").rglob("*.ckpt"):
+        assert all(np.isfinite(values).all() for values in read_checkpoint(path).values())
+
+
+def test_a_folder_that_vanishes_is_one_line(place):  # noqa: F811
+    folder = place / "vanishing"
+    process = start(place, "--output_path=vanishing", "--epochs=1000", "--ckpt_save_interval=1000", "--save_every=40")
+    wait_for(lambda: steps_done(folder) >= 1)
+    os.rename(folder, place / "elsewhere")
+    (place / "vanishing").write_text("a file in its place")
+    errors = process.communicate(timeout=100)[1].splitlines()
+    assert process.returncode == 2 and errors[-1].startswith("train_dreambooth.py: error: ") and "Traceback" not in "\n".join(errors)
+
+
+def test_the_smallest_training(place):  # noqa: F811
+    """One picture, one update, a batch larger than the data set, pictures of another size, a prompt of 1,000 words."""
+    one = place / "one picture"
+    one.mkdir()
+    picture = next((place / "my dog").iterdir())
+    (one / picture.name).write_bytes(picture.read_bytes())
+    words = "--instance_prompt=a sks dog " + "on the hill " * 330
+    smallest = ("--epochs=1", "--train_data_repeats=1", "--train_batch_size=8", "--image_size=64", "--class_data_dir=one class")
+    done = train(place, "--output_path=smallest", f"--instance_data_dir={one}", words, *smallest)
+    assert "step 1/1 epoch 1" in done.stderr and "the prompt has" in done.stderr and (place / "smallest/dreambooth_epoch_1.ckpt").exists()
+
+
+def test_disk_space_that_is_not_there_is_said_before_training(place, caplog, monkeypatch):  # noqa: F811
+    import types
+
+    import train_dreambooth
+    from ldm.run_state import States
+
+    trainer = types.SimpleNamespace(
+        options=types.SimpleNamespace(use_ema=True, keep_checkpoints=2, output_path="out", epochs=8),
+        checkpoint_bytes=5 * 10**9, state_bytes=10 * 10**9, checkpoints_to_come=lambda: 8,
+    )  # fmt: skip
+    states = States(place / "out" / "states", 2)
+    (place / "out").mkdir(exist_ok=True)
+    for free, warned in ((109 * 10**9, True), (110 * 10**9, False)):  # 8 x 2 x 5 and (2 + 1) x 10
+        caplog.clear()
+        monkeypatch.setattr(train_dreambooth.shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
+        train_dreambooth.warn_of_a_full_disk(trainer, states)
+        assert ("need 110.0 GB, 109.0 GB are free" in caplog.text) == warned
