@@ -141,6 +141,8 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
     if ranks.is_first:
         take_output_folder(options, config)
         states.remove_litter()
+        for folder in (output, Path(options.class_data_dir or output), runtime.cache_folder() / "latents"):
+            runtime.remove_litter(folder)
     else:
         runtime.start_logging("WARNING", who=f"rank {ranks.rank} ")
     ranks.wait()

@@ -2,12 +2,13 @@
 
 import logging
 import os
-import tempfile
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
+
+from ldm.runtime import partial_path
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw"}  # pictures, too: not to be passed over silently
@@ -105,13 +106,12 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 def save_image(array: np.ndarray, path: Path) -> None:
     """Write (H, W, 3) uint8 as PNG, whole or not at all. Raises FileExistsError rather than overwrite a file."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    partial = partial_path(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(partial, "wb") as file:
             Image.fromarray(array).save(file, format="PNG")
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
         try:
             os.link(partial, path)  # unlike a rename, never over a file that is there
         except FileExistsError:
@@ -121,7 +121,7 @@ def save_image(array: np.ndarray, path: Path) -> None:
                 raise FileExistsError(f"{path}: exists already") from None
             os.replace(partial, path)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def free_path(folder: Path, stem: str, suffix: str = ".png", start: int = 0) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor
 
-from ldm import images
+from ldm import images, runtime
 from ldm.config import ModelConfig
 from ldm.data import Crop, Draw, DreamBoothData
 from ldm.models.autoencoder import AutoencoderKL, Encode
@@ -117,7 +117,7 @@ class LatentCache:
     def _write(self, key: str, entry: np.ndarray) -> None:
         if not self.folder:
             return
-        partial = self.folder / f".{key}.{os.getpid()}.part"
+        partial = runtime.partial_path(self.folder / key)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as file:

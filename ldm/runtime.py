@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from importlib.metadata import version
@@ -32,9 +33,22 @@ def prepare_environment() -> None:
     os.environ.setdefault("MS_OM_PATH", os.path.join(tempfile.gettempdir(), f"mindspore-{os.getuid()}"))
 
 
+def partial_path(path: Path) -> Path:
+    """Where a file is written before it is renamed: a name that no other process has, and that says whose it is."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove what processes of this machine that were killed while they wrote have left in a folder."""
+    for path in folder.glob(f".*.{socket.gethostname()}.*.part"):
+        number = path.name.split(".")[-2]
+        if number.isdigit() and Path("/proc/self").exists() and not Path("/proc", number).exists():
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.part")
+    partial = partial_path(path)
     try:
         with open(partial, "w", encoding="utf-8") as file:
             file.write(text)

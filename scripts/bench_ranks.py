@@ -18,6 +18,14 @@ CONFIG = ROOT / "configs/train_dreambooth_tiny"
 UPDATES, LEFT_OUT = 20, 2  # the first ones compile
 
 
+def mpirun(ranks: int) -> list[str]:
+    """The first words of a command of several processes."""
+    found = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if not found:
+        sys.exit("error: mpirun is not there: pip install -r requirements-test.txt")
+    return [found, "-n", str(ranks), "--oversubscribe", *["--allow-run-as-root"] * (os.getuid() == 0)]
+
+
 def seconds_an_update(ranks: int, accumulation: int, place: Path) -> float:
     """Median over the updates of a run, from the pictures a second that it reports."""
     output = place / f"output-{ranks}-{accumulation}"
@@ -30,11 +38,8 @@ def seconds_an_update(ranks: int, accumulation: int, place: Path) -> float:
     script = [sys.executable, str(ROOT / "train_dreambooth.py"), *(f"--{name}={value}" for name, value in options.items())]
     command = ["taskset", "-c", "0", *script]
     if ranks > 1:
-        mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        if not mpirun:
-            sys.exit("bench.py: error: --ranks needs mpirun: pip install -r requirements-test.txt")
         pinned = ["bash", "-c", 'exec taskset -c "$OMPI_COMM_WORLD_LOCAL_RANK" "$@"', "rank", *script]
-        command = [mpirun, "-n", str(ranks), "--oversubscribe", "--bind-to", "none", *["--allow-run-as-root"] * (os.getuid() == 0), *pinned]
+        command = [*mpirun(ranks), "--bind-to", "none", *pinned]
     subprocess.run(command, env=os.environ | {"XDG_CACHE_HOME": str(place / "cache")}, check=True, stderr=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     pictures = 8 * ranks * accumulation

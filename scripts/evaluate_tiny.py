@@ -5,8 +5,8 @@
     python scripts/evaluate_tiny.py --ablations                 # and text encoder, class pictures, steps: the first subject and seed
     python scripts/evaluate_tiny.py --checkpoint FILE --subject penguin    # a checkpoint that is there already
 
-Runs and figures are kept in --work with their pictures, and a second start goes on from them: give another folder after a
-change. Judges flatter: look at the sheets.
+Class pictures are drawn once a subject. Runs and figures are kept in --work with their pictures, and a second start goes on
+from them: give another folder after a change. Judges flatter: look at the sheets.
 
 figures (fractions; see docs/quality.md):
   judge_*            the judge on real pictures that it was not trained on
@@ -192,7 +192,7 @@ class Evaluation:
                 "train_config": CONFIG.with_suffix(".json"), "model_config": CONFIG.with_suffix(".yaml"),
                 "pretrained_model_path": BASE.parent, "instance_data_dir": ROOT / "examples" / subject,
                 "instance_prompt": f"a sks {subject}", "class_prompt": noun(subject),
-                "class_data_dir": self.work / "class_images" / f"{subject}-{seed}-{count}", "output_path": folder, "seed": seed,
+                "class_data_dir": self.work / "class_images" / f"{subject}-{count}", "output_path": folder, "seed": seed,
             } | changes  # fmt: skip
             command = [sys.executable, str(ROOT / "train_dreambooth.py"), *(f"--{key}={value}" for key, value in arguments.items())]
             result = subprocess.run(command, stderr=subprocess.PIPE, text=True)

@@ -1,7 +1,7 @@
 """Kill a training with SIGKILL at many moments, resume it, and compare the end with that of a run that was never stopped.
 
     python scripts/kill_and_resume.py                     # 20 kills of one process, about 15 minutes
-    python scripts/kill_and_resume.py --ranks 2           # 6 kills of one of two processes under mpirun
+    python scripts/kill_and_resume.py --ranks 2           # each moment in each of two processes under mpirun
 
 The embedded tiny model with text encoder, accumulation and EMA. Moments are drawn from --seed over the length of the
 uninterrupted run; some wait for what is seldom hit by chance: class pictures being drawn, latents being encoded, a state or a
@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench_ranks import mpirun
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,10 +54,12 @@ class Run:
             "gradient_accumulation_steps": 2, "use_ema": True, "save_every": 4, "ckpt_save_interval": 1, "resume": "latest",
             "use_parallel": self.ranks > 1,
         }  # fmt: skip
-        launcher = []
-        if self.ranks > 1:
-            launcher = ["mpirun", "-n", str(self.ranks), "--oversubscribe", *(["--allow-run-as-root"] if os.getuid() == 0 else [])]
-        command = [*launcher, sys.executable, str(ROOT / "train_dreambooth.py"), *(f"--{k}={v}" for k, v in options.items())]
+        command = [
+            *(mpirun(self.ranks) if self.ranks > 1 else []),
+            sys.executable,
+            str(ROOT / "train_dreambooth.py"),
+            *(f"--{k}={v}" for k, v in options.items()),
+        ]
         log = open(self.folder / "log.txt", "a")
         return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -90,7 +94,7 @@ def kill(run: Run, when: Callable[[], bool], victim: int) -> tuple[float, float,
     """Start, wait for the moment, kill one process; seconds until then, seconds until all had ended, and what was done by then."""
     process, start = run.start(), time.monotonic()
     while process.poll() is None and not when():
-        time.sleep(0.0005)
+        time.sleep(0.001)
     moment = time.monotonic() - start
     metrics = run.folder / "output/metrics.jsonl"
     done = f"{len(metrics.read_text().splitlines())} updates" if metrics.exists() else "before training"
@@ -116,15 +120,16 @@ def seen(sign: Callable[[Path], bool], folder: Path) -> Callable[[], bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, help="how many [20; with several ranks 6]")
+    parser.add_argument("--kills", type=int, help="how many [20; with several processes each moment in each rank]")
     parser.add_argument("--ranks", type=int, default=1, help="processes that train together [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [%(default)s]")
     options = parser.parse_args(argv)
-    kills, rng = options.kills or (20 if options.ranks == 1 else 6), random.Random(options.seed)
-    failures = 0
-    print(
-        "| kill | rank | moment | s after the start | done by then | s until all had ended | starts | end |\n|---|---|---|---|---|---|---|---|"
-    )
+    rng = random.Random(options.seed)
+    plan = [(name, rank) for name in ("at random", *MOMENTS) for rank in range(options.ranks)]
+    if options.ranks == 1:  # every second one at random
+        plan = [(name, 0) for moment in MOMENTS for name in ("at random", moment)]
+    kills, failures = options.kills or max(20 if options.ranks == 1 else 0, len(plan)), 0
+    print("| kill | rank | moment | s after the start | done by then | s until all had ended | end |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
         for warm in ("first", "whole"):  # the second finds its graphs compiled, as the runs to be killed will
             whole, start = Run(Path(place, warm), options.ranks), time.monotonic()
@@ -133,16 +138,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             length = time.monotonic() - start
         for number in tqdm(range(kills), "kills", disable=None):
             run = Run(Path(place, str(number)), options.ranks)
-            name = list(MOMENTS)[number // 2 % len(MOMENTS)] if number % 2 else "at random"
+            name, victim = plan[number % len(plan)]
             when = after(rng.uniform(0, length)) if name == "at random" else seen(MOMENTS[name], run.folder)
-            moment, ended, done = kill(run, when, number // 2)
+            moment, ended, done = kill(run, when, victim)
             status = run.start().wait()
             equal = status == 0 and run.result() == whole.result() and not run.litter()
             failures += not equal
             verdict = "equal" if equal else f"DIFFERS (status {status}, left {[p.name for p in run.litter()]})"
-            victim = number // 2 % options.ranks
-            tqdm.write(f"| {number + 1} | {victim} | {name} | {moment:.1f} | {done} | {ended:.1f} | 2 | {verdict} |")
+            tqdm.write(f"| {number + 1} | {victim} | {name} | {moment:.1f} | {done} | {ended:.1f} | {verdict} |")
             sys.stdout.flush()
+            shutil.rmtree(run.folder)
     return 1 if failures else 0
 
 

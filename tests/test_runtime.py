@@ -65,6 +65,18 @@ def test_an_unwritable_cache_folder_is_no_error(tmp_path):
     assert found["MS_COMPILER_CACHE_ENABLE"] == "0"
 
 
+def test_litter_of_processes_that_are_gone_is_removed_and_nothing_else(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout.strip()
+    mine = runtime.partial_path(tmp_path / "class_00001.png")
+    theirs = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{gone}."))
+    elsewhere = mine.with_name(f".class_00001.png.another-host.{gone}.part")
+    kept = {mine, elsewhere, tmp_path / "class_00000.png", tmp_path / ".notes.part"}
+    for path in kept | {theirs}:
+        path.write_text("")
+    runtime.remove_litter(tmp_path)
+    assert set(tmp_path.iterdir()) == kept
+
+
 def test_log_lines_go_to_the_file_too(tmp_path, capsys):
     before = logging.getLogger().handlers[:]
     try:

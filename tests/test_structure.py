@@ -5,8 +5,8 @@ import ast
 from conftest import ROOT
 
 ROWS = [
-    {"config", "runtime", "ranks", "images", "tokenizer", "weight_files", "torch_files"},
-    {"options", "schedule", "models.kernels"},
+    {"config", "runtime", "ranks", "tokenizer", "weight_files", "torch_files"},
+    {"options", "images", "schedule", "models.kernels"},
     {"models.convolution"},
     {"models.layers"},
     {"models.attention", "models.autoencoder", "models.text_encoder", "samplers"},
