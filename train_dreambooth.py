@@ -1,5 +1,7 @@
 """Fine-tune Stable Diffusion 2 on a few pictures of one subject (DreamBooth). `--help` lists the options."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import logging
@@ -10,18 +12,23 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
 from ldm import runtime
 from ldm.config import ConfigError, ModelConfig, fail, read_model_config
 from ldm.options import TrainOptions, parse_options
-from ldm.ranks import ALONE, Ranks, check_launch, join
+
+if TYPE_CHECKING:  # imports numpy, whose threads must not start before `main` has seen to the signals
+    from ldm.ranks import Ranks
 
 logger = logging.getLogger("train_dreambooth")
 
 
 def read_options(argv: list[str] | None) -> tuple[TrainOptions, ModelConfig]:
+    from ldm.ranks import check_launch
+
     options = parse_options(TrainOptions, argv)
     config = read_model_config(options.model_config)
     config.check_size(image_size=options.image_size)
@@ -34,46 +41,55 @@ def take_output_folder(options: TrainOptions, config: ModelConfig) -> None:
     output = Path(options.output_path)
     output.mkdir(parents=True, exist_ok=True)
     runtime.lock_folder(output)
-    earlier = sorted([*output.glob("dreambooth_epoch_*"), *output.glob("states/step_*")])
-    if earlier and not options.resume:
-        found = earlier[-1].relative_to(output)
+    earlier = results(output)
+    goes_on = options.resume == "latest" or (options.resume and Path(options.resume).resolve().parent == (output / "states").resolve())
+    if earlier and not goes_on:
         raise ConfigError(
-            f"output_path {output}: holds {found} of an earlier run; give another folder, or --resume=latest to go on with it"
+            f"output_path {output}: holds {earlier[-1]} of an earlier run; give another folder, or --resume=latest to go on with it"
         )
     runtime.start_logging(options.log_level, output / "train.log")
     effective = {"options": dataclasses.asdict(options), "model": dataclasses.asdict(config)}
     runtime.write_text(output / "effective_config.json", json.dumps(effective, indent=2) + "\n")
 
 
+def results(output: Path) -> list[Path]:
+    """What a run has left in its output folder and another must not overwrite."""
+    return sorted(path.relative_to(output) for path in [*output.glob("dreambooth_epoch_*"), *output.glob("states/step_*")])
+
+
 def find_state(options: TrainOptions, states):
-    """The state to go on from, or None for a start from the beginning."""
+    """The state to go on from, or None for a start from the beginning. Raises ConfigError where none can be read, but results are there."""
     from ldm.run_state import read_state
 
     if options.resume is None:
         return None
     state = states.latest() if options.resume == "latest" else read_state(Path(options.resume))
     if state is None:
+        output = Path(options.output_path)
+        if found := results(output):
+            raise ConfigError(
+                f"resume: output_path {output} holds {found[-1]}, but no state that can be read; give another folder to start anew"
+            )
         logger.info("resume: no state there yet, starting from the beginning")
     return state
 
 
-def origin_of(options: TrainOptions, config: ModelConfig, instance_paths: list[Path], class_paths: list[Path], ranks: Ranks) -> dict:
-    """What a training's result follows from, to be compared when it is resumed."""
+def origin_of(options: TrainOptions, config: ModelConfig, instance_paths: list[Path], ranks: Ranks) -> dict:
+    """What a training's result follows from, to be compared when it is resumed; but for the class pictures, which may yet be drawn."""
     from ldm.run_state import fingerprint
 
     return {
         **options.training_facts(),
         "instance pictures an update": options.samples_per_update * ranks.size,
         "instance pictures": fingerprint(instance_paths),
-        "class pictures": fingerprint(class_paths),
         "base model": fingerprint([options.checkpoint]),
         "model configuration": json.loads(json.dumps(dataclasses.asdict(config))),
     }
 
 
 def compare_origins(saved: dict, now: dict, allowed: bool) -> None:
-    """Raises ConfigError where a resumed training would not be the one that was begun, unless that is allowed."""
-    changes = [f"{name} {saved.get(name)} -> {now.get(name)}" for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    """Raises ConfigError where a resumed training would not be the one that was begun, as far as `now` tells, unless that is allowed."""
+    changes = [f"{name} {saved.get(name)} -> {value}" for name, value in now.items() if saved.get(name) != value]
     if changes and not allowed:
         raise ConfigError(
             f"resume: changed since the state was saved: {'; '.join(changes)}; --allow_changed_options=True goes on all the same"
@@ -83,7 +99,7 @@ def compare_origins(saved: dict, now: dict, allowed: bool) -> None:
 
 
 def prepare_class_images(options: TrainOptions, model, config: ModelConfig, ranks: Ranks) -> tuple[list[Path], bool]:
-    """The class pictures, after sampling the missing ones; and whether this process sampled any."""
+    """The class pictures, as many as wanted, after sampling the missing ones; and whether this process sampled any."""
     from ldm import pipeline
 
     folder = Path(options.class_data_dir)
@@ -92,7 +108,7 @@ def prepare_class_images(options: TrainOptions, model, config: ModelConfig, rank
     numbers = pipeline.missing_class_numbers(folder, options.num_class_images - len(there))
     ranks.wait()  # all have looked before one writes
     if not numbers:
-        return there, False
+        return there[: options.num_class_images], False
     if ranks.is_first:
         logger.info("class pictures: %d there, %d wanted; sampling %d", len(there), options.num_class_images, len(numbers))
     share = ranks.share(numbers)
@@ -125,15 +141,20 @@ def moments_of(autoencoder, options: TrainOptions, config: ModelConfig, samples,
         for encoded in cache.encode(autoencoder, batch_size, ranks.share):
             bar.update(encoded * ranks.size)
     ranks.wait()
-    if cache.load(count)[1]:  # what the other processes have encoded
-        raise ValueError(f"{runtime.cache_folder()}: not shared by all processes; give them one XDG_CACHE_HOME, or --cache_latents=False")
+    if ranks.size > 1 and missing and (unseen := cache.load(count)[1]):  # of what the other processes have encoded
+        logger.warning("%s: latents of other processes are not all there; encoding %d more", runtime.cache_folder() / "latents", unseen)
+        for _ in cache.encode(autoencoder, batch_size):
+            pass
+    samples.forget_pictures()
     return cache
 
 
 def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, signals: runtime.StopSignals) -> None:
+    import numpy as np
+
     from ldm import checkpoint, data
     from ldm.models.latent_diffusion import build_model
-    from ldm.run_state import States
+    from ldm.run_state import States, fingerprint
     from ldm.trainer import TooManyOverflows, Trainer, settle_recompute
 
     output = Path(options.output_path)
@@ -147,13 +168,18 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
         runtime.start_logging("WARNING", who=f"rank {ranks.rank} ")
     ranks.wait()
     state = find_state(options, states)
+    ranks.require_equal([np.array(state.progress["global_step"] if state else 0)], "the states to go on from")
     instance_paths = data.load_instance_images(Path(options.instance_data_dir))
+    origin = origin_of(options, config, instance_paths, ranks)
+    if state:  # before class pictures are drawn for a training that is refused
+        compare_origins(state.origin, origin, options.allow_changed_options)
     model = build_model(config)
     checkpoint.load_weights(model, checkpoint.read_checkpoint(options.checkpoint), str(options.checkpoint))
     class_paths, sampled = prepare_class_images(options, model, config, ranks) if options.with_prior_preservation else ([], False)
-    origin = origin_of(options, config, instance_paths, class_paths, ranks)
+    class_pictures = {"class pictures": fingerprint(class_paths)}
     if state:
-        compare_origins(state.origin, origin, options.allow_changed_options)
+        compare_origins(state.origin, class_pictures, options.allow_changed_options)
+    origin |= class_pictures
 
     samples = data.DreamBoothData(
         instance_paths, class_paths, options.train_data_repeats, options.image_size, options.random_crop, options.seed
@@ -176,6 +202,11 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
     if state:
         trainer.restore(state.arrays, state.progress, str(state.path))
         logger.info("resumed from %s: %d of %d updates done", state.path, trainer.global_step, trainer.total_steps)
+        epoch = trainer.epoch_to_save()
+        if epoch and ranks.is_first and not all(is_newer(path, state.path) for path in trainer.checkpoint_paths(output, epoch)):
+            trainer.save(output, epoch)  # the run was stopped between the state and this
+        state = None  # closes its file
+        ranks.wait()
     if trainer.global_step >= trainer.total_steps:
         logger.info("all %d updates are done already; --epochs says how many there are", trainer.total_steps)
         return
@@ -183,15 +214,22 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
     logger.info("training %.1fM values on %d pictures: %d updates", trainer.trained_values / 1e6, len(instance_paths), trainer.total_steps)
     if ranks.is_first:
         warn_of_a_full_disk(trainer, states)
-    try:
-        with signals.postponed():
+    with signals.postponed():
+        try:
             train(trainer, states, origin, signals)
-    except FloatingPointError as error:
-        if isinstance(error, TooManyOverflows) and ranks.is_first:
-            states.save(*trainer.state(), origin)
-        raise FloatingPointError(f"{error}{last_good(states)}") from None
+        except FloatingPointError as error:
+            if isinstance(error, TooManyOverflows):  # on all ranks in the same update
+                if ranks.is_first:
+                    states.save(*trainer.state(), origin)
+                ranks.wait()  # the first that ends would end the others
+            raise FloatingPointError(f"{error}{last_good(states)}") from None
     path = output / f"dreambooth_epoch_{options.epochs}.ckpt"
     logger.info("done; draw with: python text_to_image.py --config %s --ckpt_path %s --prompt ...", options.model_config, path)
+
+
+def is_newer(checkpoint: Path, state: Path) -> bool:
+    """Whether a checkpoint is there and was written after a state."""
+    return checkpoint.exists() and checkpoint.stat().st_mtime_ns >= (state / "manifest.json").stat().st_mtime_ns
 
 
 def warn_of_a_full_disk(trainer, states) -> None:
@@ -234,18 +272,15 @@ def train(trainer, states, origin: dict, signals: runtime.StopSignals) -> None:
             bar.update()
             if report.global_step % options.callback_size == 0 or report.skipped:
                 logger.info(report.line())
-            epoch = trainer.finished_epoch()
+            epoch = trainer.epoch_to_save()
             stops = ranks.any(signals.received is not None)
-            saves = bool(epoch) and (epoch % options.ckpt_save_interval == 0 or epoch == options.epochs)
-            saves_state = stops or (report.global_step % options.save_every == 0 if options.save_every else saves)
-            if saves or saves_state:
+            if stops or epoch or (options.save_every and report.global_step % options.save_every == 0):
                 trainer.require_equal_weights()
                 trainer.require_finite_weights()
-            if saves and ranks.is_first:
-                for path in trainer.save(output, epoch):
-                    logger.info("saved %s", path)
-            if saves_state and ranks.is_first:
-                logger.info("saved %s", states.save(*trainer.state(), origin))
+                if ranks.is_first:
+                    logger.info("saved %s", states.save(*trainer.state(), origin))
+            if epoch and ranks.is_first:  # after the state: resumed from it, a run that is killed here writes its checkpoint first
+                trainer.save(output, epoch)
             if stops and report.global_step < trainer.total_steps:
                 ranks.wait()  # until the state is on the disk
                 raise runtime.Interrupted(128 + (signals.received or signal.SIGTERM))
@@ -253,6 +288,8 @@ def train(trainer, states, origin: dict, signals: runtime.StopSignals) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     signals = runtime.StopSignals()
+    from ldm.ranks import ALONE, join
+
     name, ranks = "train_dreambooth.py", ALONE
     try:
         options, config = read_options(argv)
@@ -266,7 +303,10 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, FloatingPointError, OverflowError, MemoryError, OSError) as error:
         fail(name, error, at_once=ranks.size > 1)
     except runtime.Interrupted:
-        if ranks.is_first:
+        if ranks.size > 1:
+            if ranks.is_first:
+                print("stopped; go on with the same command and --resume=latest", file=sys.stderr, flush=True)
+        else:
             print(f"stopped; go on with: python {shlex.join([*sys.argv, '--resume=latest'])}", file=sys.stderr)
         raise
     except BaseException:

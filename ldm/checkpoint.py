@@ -95,8 +95,11 @@ def is_finite(values: np.ndarray) -> bool:
         return bool(np.isfinite(values.sum(dtype=np.float64)))
 
 
-def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path) -> str:
+def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path, record: bool = False) -> str:
     """Write a checkpoint, .ckpt (MindSpore) or .safetensors by its suffix, under a temporary name that is then renamed.
+
+    Args:
+        record: note its SHA-256 in `checkpoints.sha256` beside it, before it gets its name.
 
     Returns:
         The SHA-256 of the file.
@@ -114,6 +117,8 @@ def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path) -> s
                 write_ckpt(file, ((name, _array(value)) for name, value in weights.items()))
         to_disk(partial)
         digest = sha256_of(partial)
+        if record:
+            record_digest(path, digest)
         os.replace(partial, path)
         to_disk(path.parent)  # the new name, too, is to outlive a power cut
         return digest

@@ -111,7 +111,9 @@ def read_mapping(path: str | Path) -> dict:
         text = Path(path).read_text(encoding="utf-8")
         if any(isinstance(event, AliasEvent) for event in parse(text)):  # a few nested ones are a file of gigabytes
             raise ValueError("references (*name) are not read, write the values out")
-        loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=True)
+        if "${" in text:  # these, too, unfold; and some read the environment
+            raise ValueError("references (${name}) are not read, write the values out")
+        loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except (YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not readable as JSON or YAML: {reason}") from None

@@ -32,6 +32,7 @@ VAE_PARTS = {
     "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0", "norm_out": "conv_norm_out",
     "downsample.conv": "downsamplers.0.conv", "upsample.conv": "upsamplers.0.conv",
 }  # fmt: skip
+VAE_PARTS_OF_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # as diffusers named them at first
 TEXT_PARTS = {
     "embedding_table": "embeddings.token_embedding.weight", "ln_final": "final_layer_norm",
     "positional_embedding": "embeddings.position_embedding.weight", "transformer_layer.resblocks": "encoder.layers",
@@ -111,6 +112,7 @@ def from_diffusers(folders: Mapping[str, Mapping[str, np.ndarray]], shapes: Mapp
         "text_encoder": {prefix + name: value for name, value in text.items()}
     }
     left["text_encoder"].pop("text_model.embeddings.position_ids", None)  # a buffer, not a weight
+    left["vae"] = {_replace(name, VAE_PARTS_OF_2022) if ".attentions." in name else name: value for name, value in left["vae"].items()}
     weights, missing = {}, []
     for name, shape in shapes.items():
         folder, names = diffusers_names(name, config)

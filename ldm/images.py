@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 
 from ldm.runtime import partial_path
 
@@ -33,7 +33,7 @@ def read_image(path: Path) -> Image.Image:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             return _to_srgb(picture.convert("RGB"), profile)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
+    except Exception as error:  # the reader raises whatever the damage leads to
         raise ValueError(f"{path}: not a readable picture ({str(error) or type(error).__name__}); remove or replace it") from None
 
 

@@ -94,7 +94,6 @@ class LatentCache:
                 self._write(key, entry)
             yield len(chosen)
         self._missing.clear()
-        self.data.forget_pictures()
 
     def __call__(self, draws: list[Draw]) -> np.ndarray:
         return np.stack([self._moments[self._key[self.data.crop(draw)]] for draw in draws])

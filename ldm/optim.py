@@ -118,7 +118,7 @@ class LossScale:
         self.good_updates = 0 if overflow else self.good_updates + 1
         if overflow:
             self.value = max(1.0, self.value / self.factor)
-        elif self.good_updates == self.window:
+        elif self.good_updates >= self.window:
             self.value, self.good_updates = self.value * self.factor, 0
 
 

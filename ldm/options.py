@@ -75,7 +75,7 @@ class TrainOptions:
     guidance_scale: float = option(9.0, "class pictures", "classifier-free guidance scale", aliases=("--scale",), least=0)
 
     ckpt_save_interval: int = option(1, "run", "epochs between checkpoints", least=1)
-    save_every: int | None = option(None, "run", "updates between saved states [where a checkpoint is saved]", least=1)
+    save_every: int | None = option(None, "run", "updates between saved states, besides the one with each checkpoint [none]", least=1)
     keep_checkpoints: int = option(2, "run", "saved states kept; checkpoints of epochs all stay", least=1)
     resume: str | None = option(None, "run", '"latest", or a folder states/step_*: go on from there')
     allow_changed_options: bool = option(False, "run", "resume though options, pictures or base model have changed")

@@ -98,7 +98,8 @@ def check_launch(use_parallel: bool) -> None:
     found = launcher()
     if use_parallel and not found:
         raise ValueError("use_parallel=True, but nothing started several processes: use mpirun -n 2 python ... or msrun --worker_num=2 ...")
-    if found and not use_parallel and os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("MS_WORKER_NUM")) != "1":
+    sizes = {"mpirun": "OMPI_COMM_WORLD_SIZE", "msrun": "MS_WORKER_NUM", "a rank table": "RANK_SIZE"}
+    if found and not use_parallel and os.environ.get(sizes[found]) != "1":
         raise ValueError(
             f"started by {found}, but without --use_parallel=True each process would train by itself: give it, or start one process"
         )

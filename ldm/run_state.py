@@ -23,7 +23,7 @@ import numpy as np
 from ldm import runtime
 from ldm.checkpoint import read_checkpoint, save_weights, sha256_of, to_disk
 
-FORMAT = 1
+FORMAT = 2
 logger = logging.getLogger(__name__)
 
 
@@ -81,7 +81,10 @@ class States:
         return None
 
     def save(self, arrays: Mapping[str, ms.Tensor], progress: dict, origin: dict) -> Path:
-        """Write a state, then remove those that are no longer kept."""
+        """Write a state, and remove those that are no longer kept.
+
+        Those of later updates go, too, before it appears: the run was taken up again before them, and they are not of its present course.
+        """
         path = self.folder / f"step_{progress['global_step']:08d}"
         partial = self.folder / f".{path.name}.part"
         shutil.rmtree(partial, ignore_errors=True)
@@ -91,8 +94,8 @@ class States:
             manifest = {"format": FORMAT, "sha256": digest, "progress": progress, "origin": origin}
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             to_disk(partial / "manifest.json"), to_disk(partial)
-            if path.exists():  # of this run, before it was taken up again at an earlier step
-                shutil.rmtree(path)
+            for later in [other for other in self.paths() if other.name >= path.name]:
+                shutil.rmtree(later)
             os.replace(partial, path)
             to_disk(self.folder)
         finally:
@@ -116,14 +119,22 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 class MetricsFile:
-    """Reports as JSON lines; those of an earlier start after update `global_step` are dropped."""
+    """Reports as JSON lines; those of an earlier start after update `global_step` are dropped, and a line that was cut short."""
 
     def __init__(self, path: Path, global_step: int) -> None:
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            runtime.write_text(path, "".join(lines[:global_step]))
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            runtime.write_text(path, "".join(f"{line}\n" for line in lines if (step := _step_of(line)) and step <= global_step))
         self._file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, report: dict) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in report.items()}
         self._file.write(json.dumps(finite) + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    """The update that a line of reports is of, or None where it is no whole line."""
+    try:
+        return int(json.loads(line)["global_step"])
+    except (ValueError, KeyError, TypeError):
+        return None

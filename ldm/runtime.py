@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -133,13 +134,25 @@ class Interrupted(SystemExit):
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: within `postponed` the first one only sets `received`, otherwise and the second time it raises Interrupted."""
+    """SIGINT and SIGTERM: within `postponed` the first one only sets `received`, otherwise and the second time it raises Interrupted.
+
+    To be made before any thread is started. MindSpore puts a handler of its own for SIGINT in place with every graph that it runs, which
+    turns it into SIGTERM. So SIGINT is blocked, and a thread that waits for it passes it on as SIGUSR1.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._is_postponed = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+        signal.signal(signal.SIGUSR1, lambda _, frame: self._handle(signal.SIGINT, frame))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        threading.Thread(target=self._pass_on, daemon=True).start()
+
+    def _pass_on(self) -> None:
+        while True:
+            signal.sigwait({signal.SIGINT})
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     def _handle(self, number: int, frame) -> None:
         if self.received or not self._is_postponed:

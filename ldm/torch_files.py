@@ -10,6 +10,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -26,6 +27,13 @@ OPERATIONS = (  # of a pickle, as far as state dictionaries use them
     "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE EMPTY_DICT EMPTY_LIST "
     "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND APPENDS BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL REDUCE BINPERSID"
 ).split()
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """The values of one or more tensors, one after the other."""
+
+    values: np.ndarray
 
 
 class _Unpickler(pickle._Unpickler):
@@ -47,7 +55,7 @@ class _Unpickler(pickle._Unpickler):
             return np.dtype(STORAGES[name])
         raise ValueError(f"the pickle asks for {module}.{name}, which is no part of a tensor: refused, and not run")
 
-    def persistent_load(self, reference):
+    def persistent_load(self, reference) -> "_Storage":
         kind, dtype, key, _, count = reference
         if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str) or not isinstance(count, int):
             raise ValueError("a reference of the pickle is not a storage of numbers")
@@ -57,7 +65,7 @@ class _Unpickler(pickle._Unpickler):
             if len(content) != size:
                 raise ValueError(f"storage {key}: {size} bytes wanted, {len(content)} are there")
             self.left -= size
-            self.storages[key] = np.frombuffer(content, dtype)
+            self.storages[key] = _Storage(np.frombuffer(content, dtype))
         return self.storages[key]
 
     def load_build(self) -> None:
@@ -82,8 +90,9 @@ def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
 
 def _tensor(storage, offset, shape, stride, *_) -> np.ndarray:
     """torch._utils._rebuild_tensor_v2 for what a state dictionary holds: a part of a storage, every value once."""
-    if not isinstance(storage, np.ndarray):
+    if not isinstance(storage, _Storage):  # a tensor, too, would be an array, but its values need not lie one after the other
         raise ValueError("a tensor without a storage")
+    storage = storage.values
     numbers = [offset, *shape, *stride]
     if len(shape) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ValueError(f"a tensor of shape {shape} and stride {stride}")

@@ -16,7 +16,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from ldm import runtime
-from ldm.checkpoint import fill, is_finite, record_digest, save_weights, spill, weights_of
+from ldm.checkpoint import fill, is_finite, save_weights, spill, weights_of
 from ldm.config import ModelConfig
 from ldm.data import Draw, DreamBoothData
 from ldm.latent_cache import Moments
@@ -31,7 +31,7 @@ from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 from ldm.train_step import AccumulatedUpdate, TrainStep, Update
 
-PROGRESS = ("global_step", "updates_applied", "skipped_in_a_row")  # numbers of updates, of the trainer's state
+PROGRESS = ("global_step", "updates_applied")  # numbers of updates, of the trainer's state
 MAX_SKIPPED_IN_A_ROW = 50  # updates; a loss scale that halves 50 times has left float16's range long before
 logger = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ class Trainer:
     def checkpoints_to_come(self) -> int:
         """How many epochs that end after the present update leave a checkpoint."""
         done, interval, epochs = self.epochs_done(self.global_step), self.options.ckpt_save_interval, self.options.epochs
-        return max(0, epochs // interval - done // interval + (epochs % interval > 0))
+        return max(0, epochs // interval - done // interval + (epochs % interval > 0 and done < epochs))
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -269,22 +269,34 @@ class Trainer:
         """What the next update depends on, between two updates: parameters by name, and the progress as JSON takes it."""
         parameters = [*self.parameters, *self.optimizer.moment1, *self.optimizer.moment2, *(self.average.average if self.average else ())]
         progress = {name: getattr(self, name) for name in PROGRESS}
-        return {p.name: p for p in parameters}, progress | {"loss_scale": vars(self.loss_scale)}
+        if self.config.use_fp16:
+            progress |= {"loss_scale": self.loss_scale.value, "good_updates": self.loss_scale.good_updates}
+        return {p.name: p for p in parameters}, progress
 
     def restore(self, arrays: Mapping[str, np.ndarray], progress: dict, source: str) -> None:
-        """Go back to a state. Raises ValueError where it is not of this configuration."""
+        """Go back to a state. Raises ValueError where it is not of this configuration.
+
+        The loss scale is taken over between float16 runs only; what it grows and shrinks by are options.
+        """
         fill(self.state()[0], arrays, source)
         for name in PROGRESS:
             setattr(self, name, int(progress[name]))
-        for name in vars(self.loss_scale):
-            setattr(self.loss_scale, name, float(progress["loss_scale"][name]))
+        if self.config.use_fp16 and "loss_scale" in progress:
+            self.loss_scale.value, self.loss_scale.good_updates = float(progress["loss_scale"]), int(progress["good_updates"])
+
+    def epoch_to_save(self) -> int | None:
+        """The epoch that the last update finished, if a checkpoint of it is wanted."""
+        epoch = self.finished_epoch()
+        return epoch if epoch and (epoch % self.options.ckpt_save_interval == 0 or epoch == self.options.epochs) else None
+
+    def checkpoint_paths(self, folder: Path, epoch: int) -> list[Path]:
+        """Where `save` writes: the weights, and with EMA the averaged ones."""
+        return [folder / f"dreambooth_epoch_{epoch}{ending}.ckpt" for ending in (("", "_ema") if self.average else ("",))]
 
     def save(self, folder: Path, epoch: int) -> list[Path]:
         """Write the whole model's weights, and with EMA the averaged ones beside them."""
-        weights = weights_of(self.model) | self.released
-        files = {folder / f"dreambooth_epoch_{epoch}.ckpt": weights}
-        if self.average:
-            files[folder / f"dreambooth_epoch_{epoch}_ema.ckpt"] = weights | self.average.weights()
-        for path, values in files.items():
-            record_digest(path, save_weights(values, path))
-        return list(files)
+        paths, weights = self.checkpoint_paths(folder, epoch), weights_of(self.model) | self.released
+        for path, values in zip(paths, [weights, weights | self.average.weights()] if self.average else [weights]):
+            save_weights(values, path, record=True)
+            logger.info("saved %s", path)
+        return paths

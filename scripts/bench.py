@@ -234,6 +234,8 @@ def main() -> None:
     options = parser.parse_args()
     preset = known[options.preset]
     chosen = options.figures.split(",") if options.figures else preset.figures
+    if options.ranks is not None and options.ranks < 2:
+        parser.error("ranks: 2 or more wanted")
     unknown = set(chosen) - set(known["smoke"].figures)
     if unknown or min(options.rounds, options.steps or 1) < 1:
         parser.error(f"unknown figures {sorted(unknown)}" if unknown else "steps and rounds: 1 or more wanted")

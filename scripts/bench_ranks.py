@@ -1,7 +1,7 @@
 """What `scripts/bench.py --ranks N` measures: N processes with one core each against one process with one core.
 
 The embedded tiny model with text encoder, by train_dreambooth.py under mpirun; each process has 4 instance and 4 class pictures a
-batch. So that nothing but training is timed, class pictures and latents are made by a run of one update before.
+batch. Timed are the updates after the first ones, so neither class pictures nor latents nor compiling.
 """
 
 import json

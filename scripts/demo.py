@@ -50,7 +50,7 @@ def main() -> None:
     evaluate_tiny.show(
         "This run, judged by a network that never saw a drawn picture:", [evaluate_tiny.row(k, [v]) for k, v in figures.items()]
     )
-    columns = ", ".join(place for place in NEW_PLACES)
+    columns = ", ".join(NEW_PLACES)
     print(f"training {trained - start:.0f} s, all {time.time() - start:.0f} s; columns: {columns}")
     print(f"Look at {(output / 'demo.png').relative_to(ROOT)} and {(output / 'sheets' / SUBJECT).relative_to(ROOT)}.png")
     print(

@@ -11,6 +11,7 @@ from them: give another folder after a change. Judges flatter: look at the sheet
 figures (fractions; see docs/quality.md):
   judge_*            the judge on real pictures that it was not trained on
   base_*_right       base model, "a CLASS PLACE" in two wordings of each place; colour: "a COLOUR CLASS"
+  base_vae_psnr      how well its VAE gives those real pictures back, in dB
   base_subject       base model, "a sks CLASS PLACE": judged to be the subject
   subject_fidelity   fine-tuned, "a sks CLASS PLACE", six places not among the five pictures: judged to be the subject
   prompt_fidelity    the same pictures: place right
@@ -65,11 +66,7 @@ class Artist:
 
     def __call__(self, checkpoint: Path, prompts: Sequence[str], seed: int) -> np.ndarray:
         """(N, 64, 64, 3) uint8; picture n is drawn from (seed, n), whatever the checkpoint."""
-        from ldm.checkpoint import load_weights, read_checkpoint
-
-        if checkpoint != self.loaded:
-            load_weights(self.model, read_checkpoint(checkpoint), str(checkpoint))
-            self.loaded = checkpoint
+        self._load(checkpoint)
         drawn = []
         for start in tqdm(range(0, len(prompts), self.batch), checkpoint.name, leave=False, disable=None):
             part = list(prompts[start : start + self.batch])
@@ -79,6 +76,26 @@ class Artist:
                 guidance_scale=self.guidance_scale, height=self.config.image_size, width=self.config.image_size,
             )[: len(part)])  # fmt: skip
         return np.concatenate(drawn)
+
+    def _load(self, checkpoint: Path) -> None:
+        from ldm.checkpoint import load_weights, read_checkpoint
+
+        if checkpoint != self.loaded:
+            load_weights(self.model, read_checkpoint(checkpoint), str(checkpoint))
+            self.loaded = checkpoint
+
+    def psnr(self, checkpoint: Path, real: np.ndarray) -> float:
+        """How well the VAE gives pictures (N, 64, 64, 3) uint8 back, in dB, mean over them; N a multiple of the batch."""
+        from mindspore import Tensor
+
+        from ldm.models.autoencoder import Encode
+
+        self._load(checkpoint)
+        encoder, scale = Encode(self.model.first_stage_model), self.config.autoencoder.scale_factor
+        batches = [images.to_pixels(real[start : start + self.batch]) for start in range(0, len(real), self.batch)]
+        means = [np.split(encoder(Tensor(pixels)).asnumpy(), 2, axis=1)[0] for pixels in batches]
+        back = np.concatenate([self.pipeline.decode(mean * scale) for mean in means])
+        return float((-10 * np.log10(np.square((back - real.astype(float)) / 255).mean((1, 2, 3)))).mean())
 
 
 def noun(words: str) -> str:
@@ -130,6 +147,7 @@ class Evaluation:
             "base_class_right": float(class_right.mean()),
             "base_place_right": float(place_right.mean()),
             "base_both_right": float((class_right & place_right).mean()),
+            "base_vae_psnr": self.artist.psnr(BASE, self.jury.held_out),
             "base_colour_right": float((verdicts.colours == np.array([colour for colour, _ in pairs])).mean()),
             **{f"base_class_right_{word.replace(' ', '_')}": float(class_right[np.array(classes) == word].mean()) for word in self.classes},
         }

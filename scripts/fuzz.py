@@ -1,13 +1,13 @@
 """Damage small files of every kind that is read, at random, and see that each is read or refused in words.
 
-    python scripts/fuzz.py                # 2,000 mutations of each of six kinds of files, a few minutes
+    python scripts/fuzz.py                # 2,000 mutations of each of ten kinds of files, a few minutes
     python scripts/fuzz.py --count 100 --seed 1 --kind ckpt
 
 A mutation cuts, flips bits, moves or repeats parts, or puts extreme numbers where lengths may be. It passes if the file is read,
 or refused by this project's own error of one line, within 10 s and with no more memory than twice the file and 200 MB. "Other
 values" are damage to the values alone: the .ckpt and safetensors formats have no checksum of their own, checkpoints.sha256 beside
-those that are trained here has; configurations and pictures have none. Prints a table; exit status 1 where a mutation did not pass. The file of a failed one
-is kept.
+those that are trained here has; configurations and pictures have none. Prints a table; exit status 1 where a mutation did not pass,
+whose file is kept.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +92,10 @@ def make(kind: str, path: Path) -> None:
         path.write_bytes((ROOT / "configs/train_dreambooth_tiny.yaml").read_bytes())
     else:
         array = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        Image.fromarray(array).save(path, {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}[kind])
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        Image.fromarray(array).save(path, kind.upper(), exif=exif, icc_profile=profile)
 
 
 def read(kind: str, path: Path):
@@ -122,7 +125,7 @@ NEEDED = [
     "--pretrained_model_file=tiny_sd_v2.safetensors", f"--instance_data_dir={ROOT / 'examples/penguin'}", "--class_data_dir=none",
     "--class_prompt=a dog",
 ]  # fmt: skip
-KINDS = ("ckpt", "safetensors", "torch", "json", "yaml", "png", "jpeg", "webp")
+KINDS = ("ckpt", "safetensors", "torch", "json", "yaml", "png", "jpeg", "webp", "gif", "tiff")
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
@@ -194,7 +197,8 @@ def fuzz(kind: str, seed: int, count: int, folder: Path) -> tuple[Counter, list[
     outcomes, failures, first = Counter(), [], 0
     while first < count:
         command = [sys.executable, __file__, "--work", kind, str(seed), str(first), str(count), str(folder)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        errors = open(folder / "errors.txt", "w+")
+        process, before = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True), first
         for line in tqdm(process.stdout, kind, total=count - first, leave=False, disable=None):
             number, _, outcome = line.strip().partition(" ")
             first = int(number) + 1
@@ -203,8 +207,9 @@ def fuzz(kind: str, seed: int, count: int, folder: Path) -> tuple[Counter, list[
                 kept = folder / f"failed-{number}.{kind}"
                 (folder / f"damaged.{kind}").replace(kept)
                 failures.append(f"{kept}: {outcome or 'the process crashed'}")
-        if process.wait() and first == 0:
-            sys.exit(process.stderr.read())
+        if process.wait() and first == before:  # it did not come to its first mutation
+            errors.seek(0)
+            sys.exit(errors.read())
     return outcomes, failures
 
 

@@ -9,6 +9,7 @@ checkpoint being written. Prints a table; exit status 1 where an end differs or 
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
@@ -32,6 +33,20 @@ MOMENTS = {  # what is looked for in the run's folder before the kill
     "writing a state": lambda run: any(run.glob("output/states/.step_*.part")),
     "writing a checkpoint": lambda run: any(run.glob("output/.dreambooth_epoch_*.part*")),
 }
+
+
+def processes_of(output: str | Path) -> list[int]:
+    """The training processes that write to `output` at present, by rank; without launchers and msrun's scheduler."""
+    found = []
+    for entry in filter(lambda entry: entry.name.isdigit(), Path("/proc").iterdir()):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if words[1:2] == [str(ROOT / "train_dreambooth.py").encode()] and f"--output_path={output}".encode() in words:
+                variables = dict(pair.split(b"=", 1) for pair in (entry / "environ").read_bytes().split(b"\0") if b"=" in pair)
+                if variables.get(b"MS_ROLE", b"MS_WORKER") == b"MS_WORKER":
+                    rank = variables.get(b"OMPI_COMM_WORLD_RANK", variables.get(b"RANK_ID", b"0"))
+                    found.append((int(rank), int(entry.name)))
+    return [number for _, number in sorted(found)]
 
 
 class Run:
@@ -64,20 +79,7 @@ class Run:
         return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
 
     def processes(self) -> list[int]:
-        """Those of the training that run at present, by rank."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if (
-                    words[1:2] == [str(ROOT / "train_dreambooth.py").encode()]
-                    and f"--output_path={self.folder / 'output'}".encode() in words
-                ):
-                    rank = [word for word in (entry / "environ").read_bytes().split(b"\0") if word.startswith(b"OMPI_COMM_WORLD_RANK=")]
-                    found.append((rank, int(entry.name)))
-            except (OSError, ValueError):
-                continue
-        return [number for _, number in sorted(found)]
+        return processes_of(self.folder / "output")
 
     def result(self) -> str:
         """A digest over the last checkpoints' and the class pictures' contents."""
@@ -91,22 +93,40 @@ class Run:
 
 
 def kill(run: Run, when: Callable[[], bool], victim: int) -> tuple[float, float, str]:
-    """Start, wait for the moment, kill one process; seconds until then, seconds until all had ended, and what was done by then."""
+    """Start, wait for the moment, kill one process; seconds until then, seconds until all had ended, and what was done by then.
+
+    Raises TooLate where the run had ended before.
+    """
     process, start = run.start(), time.monotonic()
-    while process.poll() is None and not when():
-        time.sleep(0.001)
-    moment = time.monotonic() - start
-    metrics = run.folder / "output/metrics.jsonl"
-    done = f"{len(metrics.read_text().splitlines())} updates" if metrics.exists() else "before training"
-    numbers = run.processes()
-    if numbers:
-        os.kill(numbers[victim % len(numbers)], signal.SIGKILL)
-    process.wait(timeout=60)
-    while run.processes():
-        if time.monotonic() - start - moment > 60:
-            raise TimeoutError(f"{run.folder}: processes are left 60 s after the kill")
-        time.sleep(0.05)
-    return moment, time.monotonic() - start - moment, done
+    try:
+        while process.poll() is None and not when():
+            time.sleep(0.001)
+        moment = time.monotonic() - start
+        metrics = run.folder / "output/metrics.jsonl"
+        done = f"{len(metrics.read_text().splitlines())} updates" if metrics.exists() else "before training"
+        numbers = run.processes()
+        if process.poll():
+            sys.exit(f"a run failed before it was killed: {(run.folder / 'log.txt').read_text()[-2000:]}")
+        if process.poll() is not None or len(numbers) < run.ranks:
+            raise TooLate
+        os.kill(numbers[victim], signal.SIGKILL)
+        process.wait(timeout=60)
+        while run.processes():
+            if time.monotonic() - start - moment > 60:
+                raise TimeoutError(f"{run.folder}: processes are left 60 s after the kill")
+            time.sleep(0.05)
+        return moment, time.monotonic() - start - moment, done
+    finally:
+        process.kill()  # the launcher first, which could start more of them
+        process.wait()
+        while numbers := run.processes():
+            for number in numbers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+
+
+class TooLate(Exception):
+    """The run was not there to be killed, or not yet."""
 
 
 def after(seconds: float) -> Callable[[], bool]:
@@ -137,10 +157,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.exit(f"the uninterrupted run failed: {(whole.folder / 'log.txt').read_text()[-2000:]}")
             length = time.monotonic() - start
         for number in tqdm(range(kills), "kills", disable=None):
-            run = Run(Path(place, str(number)), options.ranks)
             name, victim = plan[number % len(plan)]
-            when = after(rng.uniform(0, length)) if name == "at random" else seen(MOMENTS[name], run.folder)
-            moment, ended, done = kill(run, when, victim)
+            for _ in range(10):
+                run = Run(Path(place, str(number)), options.ranks)
+                when = after(rng.uniform(1, length)) if name == "at random" else seen(MOMENTS[name], run.folder)
+                try:
+                    moment, ended, done = kill(run, when, victim)
+                    break
+                except (TooLate, ProcessLookupError):  # once more
+                    shutil.rmtree(run.folder)
+            else:
+                sys.exit(f"{name}: not seen in ten runs")
             status = run.start().wait()
             equal = status == 0 and run.result() == whole.result() and not run.litter()
             failures += not equal

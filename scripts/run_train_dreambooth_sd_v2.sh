@@ -27,8 +27,9 @@ train_config_file="${train_config_file:-configs/train_dreambooth_sd_v2.json}"
 image_size="${image_size:-512}"
 train_batch_size="${train_batch_size:-1}"
 
-# shellcheck disable=SC2086  # words of a command
-exec ${launch:-} "${PYTHON:-python}" train_dreambooth.py \
+start=()
+[[ -z ${launch_words:-} ]] || mapfile -t start <<<"$launch_words" # a word a line, from run_train_dreambooth_distributed.sh
+exec ${start[@]+"${start[@]}"} "${PYTHON:-python}" train_dreambooth.py \
   --mode=0 \
   --use_parallel="${use_parallel:-False}" \
   --instance_data_dir="$instance_data_dir" \

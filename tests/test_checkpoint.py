@@ -6,7 +6,7 @@ import pytest
 from conftest import SHALLOW, random_model, weights_as_arrays
 from safetensors.numpy import save_file
 
-from ldm.checkpoint import load_weights, read_checkpoint, record_digest, save_weights, weights_of
+from ldm.checkpoint import load_weights, read_checkpoint, save_weights, weights_of
 from ldm.convert import diffusers_configs, from_diffusers, read_diffusers_folder, to_diffusers, write_diffusers_folder
 from ldm.models.latent_diffusion import build_model
 
@@ -109,6 +109,17 @@ def test_conversion_to_diffusers_and_back(tmp_path, model, weights):
         write_diffusers_folder(folder, weights, SHALLOW)
 
 
+def test_the_vae_under_its_names_of_2022_is_converted_too(weights):
+    parts, shapes = to_diffusers(weights, SHALLOW), {name: value.shape for name, value in weights.items()}
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new, old in older.items():
+        renamed = {name.replace(f".{new}.", f".{old}."): value for name, value in parts["vae"].items()}
+        assert len(renamed.keys() - parts["vae"].keys()) == 4  # weight and bias, of encoder and decoder
+        parts["vae"] = renamed
+    back = from_diffusers(parts, shapes, SHALLOW)
+    assert back.keys() == weights.keys() and all(np.array_equal(back[name], weights[name]) for name in weights)
+
+
 def test_a_folder_with_pytorchs_older_files_is_converted_too(tmp_path, weights):
     """.bin files hold the same arrays, as float16 and under the same names; a folder with neither is refused."""
     import torch
@@ -129,7 +140,7 @@ def test_a_folder_with_pytorchs_older_files_is_converted_too(tmp_path, weights):
 def test_a_recorded_checksum_is_compared(tmp_path, weights):
     """One bit of one value, which the format itself does not notice."""
     path = tmp_path / "a.ckpt"
-    record_digest(path, save_weights(weights, path))
+    save_weights(weights, path, record=True)
     assert (tmp_path / "checkpoints.sha256").read_text() == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  a.ckpt\n"
     read_checkpoint(path)
     content = bytearray(path.read_bytes())

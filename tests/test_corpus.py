@@ -56,6 +56,7 @@ REFUSED = {  # file name -> content, words of the error
     "truncated.jpg": (encoded(RED, "JPEG")[:-200], "not a readable picture"),
     "empty.png": (b"", "not a readable picture"),
     "text.jpg": (b"hello", "not a readable picture"),
+    "damaged exif.webp": (encoded(RED, "WEBP", exif=b"MM\0*"), "not a readable picture"),
     "bomb.png": (bomb(), "not a readable picture .*exceeds limit"),
     "dot.png": (encoded(Image.new("RGB", (1, 1)), "PNG"), "1 x 1 pixels, sides of 16 or more"),
     "line.png": (encoded(Image.new("RGB", (20000, 10)), "PNG"), "20000 x 10 pixels"),

@@ -14,7 +14,9 @@ from ldm.checkpoint import read_checkpoint
 from ldm.data import DreamBoothData
 from ldm.latent_cache import Encoding, LatentCache, encoder_digest
 from ldm.options import TrainOptions
+from ldm.ranks import Ranks
 from ldm.trainer import Trainer, total_updates
+from train_dreambooth import moments_of
 
 OPTIONS = TrainOptions(
     instance_prompt="a photo of sks dog", class_prompt="a photo of a dog", train_batch_size=2, image_size=32, epochs=2,
@@ -159,3 +161,16 @@ def test_the_digest_is_of_the_encoder_alone():
     bias = model.first_stage_model.quant_conv.bias
     bias.set_data(Tensor(np.nextafter(bias.asnumpy(), np.float32(1))))
     assert digest != encoder_digest(model.first_stage_model, SHALLOW)
+
+
+def test_processes_without_a_common_folder_encode_for_themselves(tmp_path, encoded, monkeypatch, caplog):
+    """Each its share first, then what it cannot find of the others'."""
+    data, model = make_data(tmp_path), random_model(SHALLOW)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Ranks, "wait", lambda self: None)
+    for home, unseen in ((tmp_path / "file", True), (tmp_path / "own", True), (tmp_path / "own", False)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        caplog.clear()
+        cache = moments_of(model.first_stage_model, OPTIONS, SHALLOW, data, Ranks(0, 2))
+        assert cache(data.draws(0, COUNT)).shape == (2 * COUNT, 8, 16, 16)
+        assert ("latents of other processes are not all there" in caplog.text) == unseen

@@ -126,7 +126,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 @pytest.mark.parametrize("text, wanted", [
     (BOMB, "references (*name) are not read"), ("[" * 3000, "not readable"), ("epochs: " + "9" * 5000, "not readable"),
-    ("x" * 2**21, "larger than"), ("epochs: \0", "not readable"),
+    ("x" * 2**21, "larger than"), ("epochs: \0", "not readable"), ("a: x\nb: ${a}${a}${a}", "references (${name}) are not read"),
+    ('epochs: 1\nseed: "\\x24{epochs}"', "a whole number wanted, found '${epochs}'"),
 ])  # fmt: skip
 def test_files_that_would_take_all_memory_or_time_are_refused(files, capsys, text, wanted):
     """Nested references of 9^9 values; 3,000 brackets; a number of 5,000 digits; 2 MB."""

@@ -19,6 +19,10 @@ from ldm import runtime
 from ldm.checkpoint import read_checkpoint
 from ldm.ranks import Ranks, check_launch
 
+sys.path.insert(0, str(ROOT / "scripts"))
+from bench_ranks import mpirun
+from kill_and_resume import processes_of
+
 BIN = os.path.dirname(sys.executable)
 STEPS = (
     "--gradient_accumulation_steps=2", "--clip_grad=True", "--max_grad_norm=0.5", "--num_class_images=7", "--train_data_repeats=8",
@@ -34,7 +38,7 @@ def free_port() -> int:
 
 def launcher(name: str, logs) -> list[str]:
     if name == "mpirun":
-        return [f"{BIN}/mpirun", "-n", "2", "--oversubscribe", *(["--allow-run-as-root"] if os.getuid() == 0 else []), sys.executable]
+        return [*mpirun(2), sys.executable]
     return [
         f"{BIN}/msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}", f"--log_dir={logs}", "--join=True",
         "--cluster_time_out=120",
@@ -122,22 +126,6 @@ def test_two_under_msrun_survive_a_kill(place, one, two):  # noqa: F811
     assert_same_training(place, one, place / "by one")
 
 
-def processes_of(folder) -> list[int]:
-    """The training processes of an output folder, by rank; without msrun's own and its scheduler."""
-    found = []
-    for number in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            words = open(f"/proc/{number}/cmdline", "rb").read().split(b"\0")
-            variables = dict(entry.split(b"=", 1) for entry in open(f"/proc/{number}/environ", "rb").read().split(b"\0") if b"=" in entry)
-        except OSError:
-            continue
-        is_training = any(word.endswith(b"train_dreambooth.py") for word in words) and f"--output_path={folder}".encode() in words
-        rank = variables.get(b"OMPI_COMM_WORLD_RANK", variables.get(b"RANK_ID"))
-        if is_training and rank is not None and variables.get(b"MS_ROLE", b"MS_WORKER") == b"MS_WORKER" and b"mpirun" not in words[0]:
-            found.append((int(rank), int(number)))
-    return [number for _, number in sorted(found)]
-
-
 def test_an_error_of_one_rank_ends_all_with_a_line_that_names_it(place, one):  # noqa: F811
     said = train_with_two(place, "mpirun", "failed", f"--instance_data_dir={place / 'one'}", status=2)
     assert (
@@ -166,7 +154,7 @@ LAUNCHED = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
 
 
 def test_option_and_launch_must_fit(monkeypatch, place):  # noqa: F811
-    for name in ("MS_ROLE", "MS_WORKER_NUM", *LAUNCHED, "RANK_TABLE_FILE", "RANK_ID"):
+    for name in ("MS_ROLE", "MS_WORKER_NUM", *LAUNCHED, "RANK_TABLE_FILE", "RANK_ID", "RANK_SIZE"):
         monkeypatch.delenv(name, raising=False)
     check_launch(False)
     error = run(place, *train_arguments(), "--use_parallel=True", status=2).stderr
@@ -180,6 +168,71 @@ def test_option_and_launch_must_fit(monkeypatch, place):  # noqa: F811
         check_launch(False)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
     check_launch(False)
+    for name in LAUNCHED:
+        monkeypatch.delenv(name)
+    for name, value in {"RANK_TABLE_FILE": "table.json", "RANK_ID": "0", "RANK_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="started by a rank table, but without --use_parallel=True"):
+        check_launch(False)
+    monkeypatch.setenv("RANK_SIZE", "1")
+    check_launch(False)
+
+
+TRAINING = """#!{python}
+import os, signal, sys, time
+rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK_ID"]
+def save(number, frame):
+    time.sleep(2)  # longer than mpirun lets a process live after SIGTERM
+    open(f"saved {{rank}}", "w")
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, save), signal.signal(signal.SIGINT, save)
+assert sys.argv[1] == "train_dreambooth.py" and "--use_parallel=True" in sys.argv and "--output_path=two words/txt2img" in sys.argv
+open(f"started {{rank}}", "w")
+if rank == os.environ.get("FAILS"):
+    sys.exit(3)
+time.sleep(float(os.environ["SECONDS_TO_TRAIN"]))
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts a copy of the launch script with a training that only sleeps."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("run_train_dreambooth_distributed.sh", "run_train_dreambooth_sd_v2.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    python = tmp_path / "python"
+    python.write_text(TRAINING.format(python=sys.executable)), python.chmod(0o755)
+
+    def start(launcher, seconds, **variables):
+        variables |= {
+            "launcher": launcher, "RANK_SIZE": "2", "RANK_TABLE_FILE": "table.json", "PYTHON": str(python), "output_path": "two words",
+            "mpirun_options": "--oversubscribe", "SECONDS_TO_TRAIN": str(seconds), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        }  # fmt: skip
+        process = subprocess.Popen(
+            ["bash", "scripts/run_train_dreambooth_distributed.sh"], cwd=tmp_path, env=os.environ | variables, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell that was started to ignore it cannot trap it
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    started = []
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "rank_table"])
+def test_the_launch_script_ends_as_its_processes_do(launch, tmp_path, launcher):
+    assert launch(launcher, 0).wait(60) == 0 and len(list(tmp_path.glob("started *"))) == 2
+    assert launch(launcher, 100, FAILS="1").wait(60) == 3
+    for path in tmp_path.glob("started *"):
+        path.unlink()
+    process = launch(launcher, 100)
+    wait_for(lambda: len(list(tmp_path.glob("started *"))) == 2, 60)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C at a terminal does
+    assert process.wait(60) == 130 and len(list(tmp_path.glob("saved *"))) == 2
 
 
 def test_warnings_name_their_rank(capsys):

@@ -28,6 +28,9 @@ def test_the_environment_is_set_but_never_over_the_users_own_setting():
 def test_importing_the_options_does_not_import_mindspore():
     program = "import sys, ldm.options, ldm.images, ldm.data, ldm.runtime; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+    # A thread that is there before StopSignals would take SIGINT to MindSpore's handler.
+    program = "import train_dreambooth, os; raise SystemExit(len(os.listdir('/proc/self/task')) - 1)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 def test_compile_cache_is_keyed_locked_and_put_where_the_user_says(tmp_path):
@@ -112,3 +115,25 @@ def test_a_command_starts_again_once_and_finds_its_compile_cache(tmp_path, cache
     done = subprocess.run([sys.executable, program, "--a=b c"], env=clean | given, capture_output=True, text=True, check=True)
     starts = 2 if cached == "1" else 1
     assert done.stdout.splitlines() == ["['--a=b c'] /graphs"] * starts + ["done"]
+
+
+def test_stop_signals():
+    """Postponed, the first one is only noted and the second one stops; otherwise the first one stops. The status is the shell's."""
+    program = """
+import os, signal, time
+from ldm.runtime import Interrupted, StopSignals
+
+def status_of(number):
+    try:
+        os.kill(os.getpid(), number)
+        time.sleep(0.5)
+    except Interrupted as end:
+        return end.code
+
+signals = StopSignals()
+with signals.postponed():
+    print(status_of(signal.SIGTERM), signals.received == signal.SIGTERM, status_of(signal.SIGINT))
+print(status_of(signal.SIGTERM), StopSignals().received, status_of(signal.SIGINT))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["None True 130", "143 None 130"]

@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 from conftest import ROOT
 from test_commands import environment, place, run, train, train_arguments  # noqa: F401
 
@@ -49,8 +50,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):  # noqa: F811
     assert errors.splitlines()[-1].endswith(" --resume=latest")
     assert [path.name for path in (folder / "states").iterdir()] == [f"step_{done:08d}"] and not list(folder.glob("*.ckpt"))
 
-    changed = train(place, "--output_path=stopped", *LONG, "--resume=latest", "--seed=5", "--prior_loss_weight=0.5", status=2).stderr
-    assert "prior_loss_weight 1.0 -> 0.5; seed 3407 -> 5" in changed or "seed 3407 -> 5; prior_loss_weight 1.0 -> 0.5" in changed
+    changes = ("--seed=5", "--prior_loss_weight=0.5", "--num_class_images=9")
+    changed = train(place, "--output_path=stopped", *LONG, "--resume=latest", *changes, status=2).stderr
+    assert "num_class_images 3 -> 9; prior_loss_weight 1.0 -> 0.5; seed 3407 -> 5" in changed
+    assert len(list((place / "classes/dog").iterdir())) == 3  # none is drawn for a run that is refused
     epochs = done * 2 // 5 + 2  # 5 samples an epoch, 2 an update; the last update ends it
     end = (*LONG, f"--epochs={epochs}", f"--ckpt_save_interval={epochs}")
     resumed = train(place, "--output_path=stopped", *end, "--resume=latest")
@@ -62,20 +65,29 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):  # noqa: F811
         assert all(np.array_equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
     lines = [[json.loads(line)["loss"] for line in (place / f / "metrics.jsonl").read_text().splitlines()] for f in ("stopped", "whole")]
     assert lines[0] == lines[1]
+    written = {path: path.read_bytes() for path in folder.glob("*.ckpt")}
+    older, lost = sorted(written)  # as if the run had been killed between its state and these checkpoints
+    older.write_bytes(b"of a course that was left"), os.utime(older, (0, 0))
+    lost.unlink()
     assert "updates are done already" in train(place, "--output_path=stopped", *end, "--resume=latest").stderr
+    assert {path: path.read_bytes() for path in folder.glob("*.ckpt")} == written
     check = subprocess.run(["sha256sum", "--check", "--strict", "checkpoints.sha256"], cwd=folder, capture_output=True, text=True)
     assert check.returncode == 0 and check.stdout.count(": OK") == 2
 
 
-def test_a_second_signal_stops_at_once(place):  # noqa: F811
-    """SIGINT while compiling: no step is in hand, so the first one stops."""
-    process = start(place, "--output_path=interrupted", *LONG, "--compile_cache=False")
-    wait_for((place / "interrupted/train.log").exists)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in errors
-    assert not list((place / "interrupted").glob("states/*")) and not list((place / "interrupted").glob("*.ckpt"))
+def test_ctrl_c_before_training_and_during_it(place):  # noqa: F811
+    """Before, no step is in hand: it stops at once. During training the step ends and the state is saved."""
+    for folder, moment in (
+        (place / "early", (place / "early/train.log").exists),
+        (place / "late", lambda: steps_done(place / "late") >= 2),
+    ):
+        process = start(place, f"--output_path={folder.name}", *LONG)
+        wait_for(moment)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and "Traceback" not in errors and "stopped; go on with: python " in errors
+    assert not list((place / "early").glob("states/*")) and not list((place / "early").glob("*.ckpt"))
+    assert [path.name for path in (place / "late/states").iterdir()] == [f"step_{steps_done(place / 'late'):08d}"]
 
 
 def files_below(size):
@@ -128,6 +140,31 @@ def test_the_smallest_training(place):  # noqa: F811
     smallest = ("--epochs=1", "--train_data_repeats=1", "--train_batch_size=8", "--image_size=64", "--class_data_dir=one class")
     done = train(place, "--output_path=smallest", f"--instance_data_dir={one}", words, *smallest)
     assert "step 1/1 epoch 1" in done.stderr and "the prompt has" in done.stderr and (place / "smallest/dreambooth_epoch_1.ckpt").exists()
+
+
+def test_folders_that_cannot_be_written_to(place):  # noqa: F811
+    """/sys refuses new folders to the superuser, too. Caches that cannot be written cost time, nothing else."""
+    for option in ("output_path", "class_data_dir"):
+        errors = train(place, "--output_path=read only", f"--{option}=/sys/dreambooth", status=2).stderr.splitlines()
+        assert errors[-1].startswith("train_dreambooth.py: error: ") and "/sys/dreambooth" in errors[-1]
+        assert not any("Traceback" in line for line in errors)
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "train_dreambooth.py"), *train_arguments(), "--output_path=no cache", "--epochs=1"],
+        cwd=place, env=environment(place) | {"XDG_CACHE_HOME": "/sys/dreambooth"}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert process.returncode == 0 and (place / "no cache/dreambooth_epoch_1.ckpt").exists(), process.stderr[-2000:]
+    assert "latents are not kept" in process.stderr and "compile cache not used" in process.stderr
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_picture_sizes(place, size):  # noqa: F811
+    large = (f"--image_size={size}", "--with_prior_preservation=False", "--train_batch_size=1", "--epochs=1", "--use_ema=False")
+    one = place / f"one of {size}"
+    one.mkdir()
+    picture = next((place / "my dog").iterdir())
+    (one / picture.name).write_bytes(picture.read_bytes())
+    done = train(place, f"--output_path=size {size}", f"--instance_data_dir={one}", *large)
+    assert "step 1/1 epoch 1" in done.stderr and (place / f"size {size}/dreambooth_epoch_1.ckpt").exists()
 
 
 def test_disk_space_that_is_not_there_is_said_before_training(place, caplog, monkeypatch):  # noqa: F811

@@ -123,6 +123,19 @@ def test_what_a_tensor_says_is_checked(tmp_path, case):
             read_torch_file(path)
 
 
+def test_a_tensor_is_no_storage(tmp_path):
+    """Of a tensor that holds one value six times, the values do not lie one after the other: reading on would leave the file."""
+    inner = with_tensors(("0", 6, 5, (6,), (0,)))
+    start, end = inner.index(b"ctorch._utils"), inner.index(b"R", inner.index(b"OrderedDict"))
+    tensor = inner[start : inner.index(b"R", end + 1) + 1]
+    reference = inner[inner.index(b"(", start) + 1 : inner.index(b"Q") + 1]
+    nested = inner.replace(reference, tensor, 1)
+    values = np.arange(6, dtype=np.float32).tobytes()
+    read_torch_file(archive(tmp_path / "sound.bin", inner, **{"0": values}))
+    with pytest.raises(ValueError, match="a tensor without a storage"):
+        read_torch_file(archive(tmp_path / "a.bin", nested, **{"0": values}))
+
+
 def test_bombs(tmp_path):
     with pytest.raises(ValueError, match="is compressed"):
         zeros = bytes(2**24)

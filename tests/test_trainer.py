@@ -129,7 +129,10 @@ def test_without_class_pictures_the_loss_is_the_instance_term(tmp_path):
     reports = [report for report, _ in zip(trainer.run(), range(4))]
     assert all(report.loss == report.instance_loss and report.class_loss == 0 for report in reports)
     assert np.allclose([report.learning_rate for report in reports], np.array([1, 2, 3, 3]) / 3 * 1e-4)
+    trained, all_values = (sum(p.size for p in parameters) for parameters in (trainer.parameters, model.get_parameters()))
+    assert trainer.checkpoint_bytes == 4 * all_values and trainer.state_bytes == 4 * 4 * trained  # weights, two moments, averages
     paths = trainer.save(tmp_path / "out", 1)
+    assert all(0 <= path.stat().st_size - 4 * all_values < 0.05 * 4 * all_values for path in paths)
     assert [path.name for path in paths] == ["dreambooth_epoch_1.ckpt", "dreambooth_epoch_1_ema.ckpt"]
     plain, averaged = (read_checkpoint(path) for path in paths)
     assert plain.keys() == averaged.keys() == weights_as_arrays(model).keys()
@@ -138,11 +141,16 @@ def test_without_class_pictures_the_loss_is_the_instance_term(tmp_path):
 
 
 def test_steps_epochs_and_checkpoints(tmp_path):
-    options = dataclasses.replace(OPTIONS, train_batch_size=3, train_data_repeats=2, epochs=3)
+    options = dataclasses.replace(OPTIONS, train_batch_size=3, train_data_repeats=2, epochs=3, ckpt_save_interval=2)
     trainer = make_trainer(random_model(SHALLOW), SHALLOW, options, make_data(tmp_path, options))
     trainer.one_update = lambda: (setattr(trainer, "global_step", trainer.global_step + 1), (np.ones(3), 0.0, False))[1]
-    seen = [(r.global_step, r.epoch, trainer.finished_epoch()) for r in trainer.run()]  # 8 samples an epoch, 3 a step
+    assert trainer.checkpoints_to_come() == 2  # of the epochs 2 and 3
+    seen, saved = [], []
+    for report in trainer.run():  # 8 samples an epoch, 3 a step
+        seen.append((report.global_step, report.epoch, trainer.finished_epoch()))
+        saved += [(trainer.epoch_to_save(), trainer.checkpoints_to_come())] if trainer.epoch_to_save() else []
     assert seen == [(1, 1, None), (2, 1, None), (3, 2, 1), (4, 2, None), (5, 2, None), (6, 3, 2), (7, 3, None), (8, 3, 3)]
+    assert saved == [(2, 1), (3, 0)]
 
 
 def test_float16_training_and_overflow(tmp_path):

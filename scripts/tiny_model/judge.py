@@ -77,6 +77,9 @@ class Jury:
 
     def __init__(self) -> None:
         self.labels = json.loads(LABELS.read_text())["labels"]
+        rows, columns = HELD_OUT_SHEET
+        sheet = np.asarray(images.read_image(HELD_OUT)).reshape(rows, SIDE, columns, SIDE, 3)
+        self.held_out = sheet.swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)  # pictures of the generator that nothing was trained on
         self.judge = Judge([len(self.labels[head]) for head in HEADS])
         with safe_open(WEIGHTS, "np") as file:
             for parameter in self.judge.get_parameters():
@@ -93,9 +96,7 @@ class Jury:
 
     def accuracy(self) -> dict[str, float]:
         """How right the judge is on the pictures that it was not trained on, as fractions."""
-        sheet, facts = np.asarray(images.read_image(HELD_OUT)), json.loads(LABELS.read_text())["held_out"]
-        rows, columns = HELD_OUT_SHEET
-        verdicts = self(sheet.reshape(rows, SIDE, columns, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3))
+        facts, verdicts = json.loads(LABELS.read_text())["held_out"], self(self.held_out)
         truth = {key: np.array([fact[key] for fact in facts]) for key in ("class", "colour", "place", "subject")}
         tinted = truth["colour"] != ""
         said = np.stack([verdicts.subjects[name] for name in self.labels["subject"]], 1)
