@@ -118,7 +118,10 @@ def read(kind: str, path: Path):
                 if end.code != 2:
                     raise
         raise ConfigError(said.getvalue())
-    return read_model_config(path) if kind == "yaml" else read_image(path).tobytes()
+    if kind == "yaml":
+        return read_model_config(path)
+    picture = read_image(path)
+    return picture.size, picture.tobytes() if picture.width * picture.height < 10**6 else None  # a copy is no part of reading
 
 
 NEEDED = [

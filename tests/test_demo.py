@@ -1,4 +1,4 @@
-"""A short form of the demonstration: three quarters of the updates, an eighth of the class pictures. It fails where DreamBooth stops working."""
+"""A short form of the demonstration: an eighth of the class pictures. It fails where DreamBooth stops working."""
 
 import subprocess
 import sys
@@ -8,10 +8,10 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 from evaluate_tiny import CONFIG, Evaluation  # noqa: E402
 
-SHORT = ["--num_class_images=20", "--epochs=3", "--ckpt_save_interval=3"]
-# The short form gave 0.75 and 1.00; of 24 pictures a whole run's 0.92 to 1.00 (docs/quality.md). The seed is fixed: the margin of 0.15,
-# more than the spread of 0.05 over subjects there, is for the roundings of other processors.
-SUBJECT_FLOOR, PROMPT_FLOOR = 0.6, 0.85
+SHORT = ["--num_class_images=20", "--ckpt_save_interval=4"]
+# The short form gave 0.96, 0.92 and 0.96 with seeds 1, 2 and 3, and 1.00 for the prompt; the base model gives 0. The seed is fixed, so that
+# the margin of eight times that spread is for the roundings of other processors.
+SUBJECT_FLOOR, PROMPT_FLOOR = 0.75, 0.85
 
 
 def test_the_subject_is_learned_and_the_prompt_followed(tmp_path):
@@ -21,6 +21,6 @@ def test_the_subject_is_learned_and_the_prompt_followed(tmp_path):
     accuracy = evaluation.jury.accuracy()
     assert accuracy["judge_class_right"] >= 0.95 and accuracy["judge_place_right"] >= 0.98
     assert accuracy["judge_subject_recall"] >= 0.95 and accuracy["judge_subject_false_alarms"] <= 0.02
-    figures = evaluation.fidelity(evaluation.asked(tmp_path / "out/dreambooth_epoch_3.ckpt", "penguin"), "penguin")
+    figures = evaluation.fidelity(evaluation.asked(tmp_path / "out/dreambooth_epoch_4.ckpt", "penguin"), "penguin")
     print(figures)
     assert figures["subject_fidelity"] >= SUBJECT_FLOOR and figures["prompt_fidelity"] >= PROMPT_FLOOR
