@@ -9,7 +9,6 @@ import sys
 import time
 
 import numpy as np
-import pytest
 from conftest import ROOT
 from test_commands import environment, place, run, train, train_arguments  # noqa: F401
 
@@ -156,15 +155,15 @@ def test_folders_that_cannot_be_written_to(place):  # noqa: F811
     assert "latents are not kept" in process.stderr and "compile cache not used" in process.stderr
 
 
-@pytest.mark.parametrize("size", [64, 128])
-def test_picture_sizes(place, size):  # noqa: F811
-    large = (f"--image_size={size}", "--with_prior_preservation=False", "--train_batch_size=1", "--epochs=1", "--use_ema=False")
-    one = place / f"one of {size}"
+def test_larger_pictures(place):  # noqa: F811
+    """Of 128 pixels; `test_the_smallest_training` has 64, larger ones are tried by hand (docs/reliability.md)."""
+    large = ("--image_size=128", "--with_prior_preservation=False", "--train_batch_size=1", "--epochs=1", "--use_ema=False")
+    one = place / "one larger"
     one.mkdir()
     picture = next((place / "my dog").iterdir())
     (one / picture.name).write_bytes(picture.read_bytes())
-    done = train(place, f"--output_path=size {size}", f"--instance_data_dir={one}", *large)
-    assert "step 1/1 epoch 1" in done.stderr and (place / f"size {size}/dreambooth_epoch_1.ckpt").exists()
+    done = train(place, "--output_path=larger", f"--instance_data_dir={one}", *large)
+    assert "step 1/1 epoch 1" in done.stderr and (place / "larger/dreambooth_epoch_1.ckpt").exists()
 
 
 def test_disk_space_that_is_not_there_is_said_before_training(place, caplog, monkeypatch):  # noqa: F811
