@@ -303,11 +303,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, FloatingPointError, OverflowError, MemoryError, OSError) as error:
         fail(name, error, at_once=ranks.size > 1)
     except runtime.Interrupted:
-        if ranks.size > 1:
-            if ranks.is_first:
-                print("stopped; go on with the same command and --resume=latest", file=sys.stderr, flush=True)
-        else:
-            print(f"stopped; go on with: python {shlex.join([*sys.argv, '--resume=latest'])}", file=sys.stderr)
+        if ranks.is_first:
+            again = f": python {shlex.join([*sys.argv, '--resume=latest'])}" if ranks.size == 1 else " the same command and --resume=latest"
+            print(f"stopped; go on with{again}", file=sys.stderr, flush=True)
         raise
     except BaseException:
         if ranks.size == 1:

@@ -55,7 +55,7 @@ class _Unpickler(pickle._Unpickler):
             return np.dtype(STORAGES[name])
         raise ValueError(f"the pickle asks for {module}.{name}, which is no part of a tensor: refused, and not run")
 
-    def persistent_load(self, reference) -> "_Storage":
+    def persistent_load(self, reference) -> _Storage:
         kind, dtype, key, _, count = reference
         if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str) or not isinstance(count, int):
             raise ValueError("a reference of the pickle is not a storage of numbers")

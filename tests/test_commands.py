@@ -31,10 +31,9 @@ def environment(place):
     return clean | {"XDG_CACHE_HOME": str(place / "cache")}
 
 
-def run(place, *arguments, status=0, script=ROOT / "train_dreambooth.py"):
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], cwd=place, env=environment(place), capture_output=True, text=True, timeout=400
-    )
+def run(place, *arguments, status=0, script=ROOT / "train_dreambooth.py", **variables):
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, cwd=place, env=environment(place) | variables, capture_output=True, text=True, timeout=400)
     assert done.returncode == status, done.stderr[-3000:]
     return done
 
