@@ -1,6 +1,7 @@
 """Draw pictures from prompts with a Stable Diffusion 2 checkpoint. `--help` lists the options."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def run(options: SampleOptions, config: ModelConfig, prompts: list[tuple[str, st
     runtime.start_device(options.device, options.mode)
     if options.compile_cache and options.mode == 0:
         runtime.enable_compile_cache("sample", options.n_samples, height, width, options.guidance_scale == 1, config)
-    output = Path(options.output_path)
+    output = Path(options.output_path).resolve()
     samples = output / "samples"
     samples.mkdir(parents=True, exist_ok=True)
     model = build_model(config)
@@ -47,9 +48,10 @@ def run(options: SampleOptions, config: ModelConfig, prompts: list[tuple[str, st
     drawn, number = [], 0
     evaluations = options.sampling_steps * options.n_iter * len(prompts)
     with tqdm(total=evaluations, desc="sampling", unit="step", disable=None) as bar:
-        for round_ in range(options.n_iter):
-            for row, (prompt, negative) in enumerate(prompts):
-                first = (row if options.fixed_code else round_ * len(prompts) + row) * options.n_samples
+        # Prompt by prompt: programs that judge pictures give each prompt a block of the numbered files.
+        for row, (prompt, negative) in enumerate(prompts):
+            for round_ in range(options.n_iter):
+                first = 0 if options.fixed_code else (round_ * len(prompts) + row) * options.n_samples
                 pictures = draw(
                     [prompt] * options.n_samples, [negative] * options.n_samples,
                     [(options.seed, first + i) for i in range(options.n_samples)], sampler=options.sampler_name,
@@ -65,9 +67,15 @@ def run(options: SampleOptions, config: ModelConfig, prompts: list[tuple[str, st
     if not options.skip_save:
         logger.info("%d pictures in %s", sum(map(len, drawn)), samples)
     if not options.skip_grid:
-        path = images.free_path(output, "grid-", start=0)
+        folder = grid_folder(output)
+        path = images.free_path(folder, "grid-" if folder == output else f"{output.name}-grid-", start=0)
         images.save_image(images.grid(np.concatenate(drawn), options.n_rows or options.n_samples), path)
         logger.info("grid: %s", path)
+
+
+def grid_folder(output: Path) -> Path:
+    """Beside the output folder, since programs that judge pictures take all that lie in it; within, where there is no place beside it."""
+    return output if os.path.ismount(output) or not os.access(output.parent, os.W_OK) else output.parent
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -68,7 +68,8 @@ def find_state(options: TrainOptions, states):
         output = Path(options.output_path)
         if found := results(output):
             raise ConfigError(
-                f"resume: output_path {output} holds {found[-1]}, but no state that can be read; give another folder to start anew"
+                f"resume: output_path {output} holds {found[-1]}, but no state that can be read (--save_state_minutes says when they are "
+                "saved); give another folder to start anew, there with --pretrained_model_path=FILE to train a checkpoint on"
             )
         logger.info("resume: no state there yet, starting from the beginning")
     return state
@@ -87,8 +88,8 @@ def origin_of(options: TrainOptions, config: ModelConfig, instance_paths: list[P
     }
 
 
-def compare_origins(saved: dict, now: dict, allowed: bool) -> None:
-    """Raises ConfigError where a resumed training would not be the one that was begun, as far as `now` tells, unless that is allowed."""
+def compare_origins(saved: dict, now: dict, allowed: bool) -> bool:
+    """Whether a resumed training is the one that was begun, as far as `now` tells. Raises ConfigError where not, unless that is allowed."""
     changes = [f"{name} {saved.get(name)} -> {value}" for name, value in now.items() if saved.get(name) != value]
     if changes and not allowed:
         raise ConfigError(
@@ -96,6 +97,7 @@ def compare_origins(saved: dict, now: dict, allowed: bool) -> None:
         )
     for change in changes:
         logger.warning("resume: changed: %s", change)
+    return not changes
 
 
 def prepare_class_images(options: TrainOptions, model, config: ModelConfig, ranks: Ranks) -> tuple[list[Path], bool]:
@@ -108,14 +110,16 @@ def prepare_class_images(options: TrainOptions, model, config: ModelConfig, rank
     numbers = pipeline.missing_class_numbers(folder, options.num_class_images - len(there))
     ranks.wait()  # all have looked before one writes
     if not numbers:
+        if ranks.is_first and len(there) > options.num_class_images:
+            logger.info("class pictures: %d there, the first %d by name are used", len(there), options.num_class_images)
         return there[: options.num_class_images], False
     if ranks.is_first:
         logger.info("class pictures: %d there, %d wanted; sampling %d", len(there), options.num_class_images, len(numbers))
     share = ranks.share(numbers)
     new = pipeline.sample_class_images(
         pipeline.TextToImage(model, config), folder, options.class_prompt, share, seed=options.seed,
-        batch_size=options.sample_batch_size, steps=options.sampling_steps, guidance_scale=options.guidance_scale,
-        size=options.image_size,
+        batch_size=options.sample_batch_size, sampler=options.class_sampler, steps=options.sampling_steps,
+        guidance_scale=options.guidance_scale, size=options.image_size,
     )  # fmt: skip
     for _ in tqdm(new, "class pictures", total=len(share), unit="picture", disable=None if ranks.is_first else True):
         pass
@@ -154,11 +158,11 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
 
     from ldm import checkpoint, data
     from ldm.models.latent_diffusion import build_model
-    from ldm.run_state import States, fingerprint
-    from ldm.trainer import TooManyOverflows, Trainer, settle_recompute
+    from ldm.run_state import States, fingerprint, space_needed
+    from ldm.trainer import TooManyOverflows, Trainer, bytes_on_disk, checkpoints_to_come, settle_recompute
 
     output = Path(options.output_path)
-    states = States(output / "states", options.keep_checkpoints)
+    states = States(output / "states", options.keep_checkpoints, options.save_state_minutes)
     if ranks.is_first:
         take_output_folder(options, config)
         states.remove_litter()
@@ -171,18 +175,27 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
     ranks.require_equal([np.array(state.progress["global_step"] if state else 0)], "the states to go on from")
     instance_paths = data.load_instance_images(Path(options.instance_data_dir))
     origin = origin_of(options, config, instance_paths, ranks)
-    if state:  # before class pictures are drawn for a training that is refused
-        compare_origins(state.origin, origin, options.allow_changed_options)
+    unchanged = not state or compare_origins(state.origin, origin, options.allow_changed_options)  # before class pictures are drawn for it
     model = build_model(config)
+    if ranks.is_first:
+        done = state.progress["global_step"] if state else 0
+        to_come = checkpoints_to_come(options, len(instance_paths) * options.train_data_repeats, ranks, done)
+        warn_of_a_full_disk(output, space_needed(options, *bytes_on_disk(model, options), to_come, len(states.paths())))
     checkpoint.load_weights(model, checkpoint.read_checkpoint(options.checkpoint), str(options.checkpoint))
     class_paths, sampled = prepare_class_images(options, model, config, ranks) if options.with_prior_preservation else ([], False)
     class_pictures = {"class pictures": fingerprint(class_paths)}
     if state:
-        compare_origins(state.origin, class_pictures, options.allow_changed_options)
+        unchanged &= compare_origins(state.origin, class_pictures, options.allow_changed_options)
     origin |= class_pictures
 
     samples = data.DreamBoothData(
-        instance_paths, class_paths, options.train_data_repeats, options.image_size, options.random_crop, options.seed
+        instance_paths,
+        class_paths,
+        options.train_data_repeats,
+        options.image_size,
+        options.random_crop,
+        options.seed,
+        options.random_flip,
     )
     options = settle_recompute(options, model, config)
     moments = moments_of(model.first_stage_model, options, config, samples, ranks)
@@ -205,15 +218,19 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
         epoch = trainer.epoch_to_save()
         if epoch and ranks.is_first and not all(is_newer(path, state.path) for path in trainer.checkpoint_paths(output, epoch)):
             trainer.save(output, epoch)  # the run was stopped between the state and this
+        # A run that ended has left no state of its end, but its last checkpoint.
+        ended = unchanged and all(is_newer(path, state.path) for path in trainer.checkpoint_paths(output, options.epochs))
         state = None  # closes its file
-        ranks.wait()
-    if trainer.global_step >= trainer.total_steps:
-        logger.info("all %d updates are done already; --epochs says how many there are", trainer.total_steps)
-        return
+        if ranks.any(ended or trainer.global_step >= trainer.total_steps):
+            logger.info("all %d updates are done already; --epochs says how many there are", trainer.total_steps)
+            return
     trainer.require_equal_weights()
     logger.info("training %.1fM values on %d pictures: %d updates", trainer.trained_values / 1e6, len(instance_paths), trainer.total_steps)
-    if ranks.is_first:
-        warn_of_a_full_disk(trainer, states)
+    if options.warmup_steps:
+        logger.info(
+            "warming up over the first %d updates (the 2023 example ignored warmup_steps: its rate was constant, as with 0)",
+            options.warmup_steps,
+        )  # fmt: skip
     with signals.postponed():
         try:
             train(trainer, states, origin, signals)
@@ -223,7 +240,7 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
                     states.save(*trainer.state(), origin)
                 ranks.wait()  # the first that ends would end the others
             raise FloatingPointError(f"{error}{last_good(states)}") from None
-    path = output / f"dreambooth_epoch_{options.epochs}.ckpt"
+    path = trainer.checkpoint_paths(output, options.epochs)[-1]  # with EMA the averaged weights
     logger.info("done; draw with: python text_to_image.py --config %s --ckpt_path %s --prompt ...", options.model_config, path)
 
 
@@ -232,16 +249,13 @@ def is_newer(checkpoint: Path, state: Path) -> bool:
     return checkpoint.exists() and checkpoint.stat().st_mtime_ns >= (state / "manifest.json").stat().st_mtime_ns
 
 
-def warn_of_a_full_disk(trainer, states) -> None:
+def warn_of_a_full_disk(output: Path, needed: int) -> None:
     """Say before hours are spent where the checkpoints and states to come will not fit."""
-    options = trainer.options
-    per_epoch = trainer.checkpoint_bytes * (2 if options.use_ema else 1)
-    needed = per_epoch * trainer.checkpoints_to_come() + trainer.state_bytes * (max(0, options.keep_checkpoints - len(states.paths())) + 1)
-    free = shutil.disk_usage(states.folder.parent).free
+    free = shutil.disk_usage(output).free
     if needed > free:
         logger.warning(
-            "%s: checkpoints and states to come need %.1f GB, %.1f GB are free: make room, or give --ckpt_save_interval=%d",
-            options.output_path, needed / 1e9, free / 1e9, options.epochs,
+            "%s: checkpoints and states to come need up to %.1f GB, %.1f GB are free: make room, or give --keep_weights=1, "
+            "--save_state_minutes=None (a state at a stop only) or a larger --ckpt_save_interval", output, needed / 1e9, free / 1e9,
         )  # fmt: skip
 
 
@@ -256,13 +270,14 @@ def last_good(states) -> str:
 
 def train(trainer, states, origin: dict, signals: runtime.StopSignals) -> None:
     """Train to the end, or until a signal; rank 0 writes reports, checkpoints and states."""
-    from ldm.run_state import MetricsFile
+    from ldm.run_state import MetricsFile, remove_old_weights
 
     options, ranks, output = trainer.options, trainer.ranks, Path(trainer.options.output_path)
     metrics = MetricsFile(output / "metrics.jsonl", trainer.global_step) if ranks.is_first else None
     logger.info("compiling; the first step takes a while")
     first = trainer.global_step + 1
     disable = None if ranks.is_first else True
+    states.start_clock()
     with tqdm(total=trainer.total_steps, initial=trainer.global_step, desc="training", unit="step", disable=disable) as bar:
         for report in trainer.run():
             if report.global_step == first:
@@ -272,16 +287,19 @@ def train(trainer, states, origin: dict, signals: runtime.StopSignals) -> None:
             bar.update()
             if report.global_step % options.callback_size == 0 or report.skipped:
                 logger.info(report.line())
-            epoch = trainer.epoch_to_save()
-            stops = ranks.any(signals.received is not None)
-            if stops or epoch or (options.save_every and report.global_step % options.save_every == 0):
+            epoch, ends = trainer.epoch_to_save(), report.global_step == trainer.total_steps
+            stops = ranks.any(signals.received is not None) and not ends
+            keeps_state = stops or (options.save_every and report.global_step % options.save_every == 0)
+            if keeps_state or epoch:
                 trainer.require_equal_weights()
                 trainer.require_finite_weights()
-                if ranks.is_first:
+                if ranks.is_first and (keeps_state or states.is_due(ends)):
                     logger.info("saved %s", states.save(*trainer.state(), origin))
             if epoch and ranks.is_first:  # after the state: resumed from it, a run that is killed here writes its checkpoint first
                 trainer.save(output, epoch)
-            if stops and report.global_step < trainer.total_steps:
+                for path in remove_old_weights(output, epoch, options.keep_weights):
+                    logger.info("removed %s (--keep_weights)", path)
+            if stops:
                 ranks.wait()  # until the state is on the disk
                 raise runtime.Interrupted(128 + (signals.received or signal.SIGTERM))
 

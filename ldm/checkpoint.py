@@ -3,15 +3,19 @@
 import hashlib
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn
 from safetensors.numpy import save_file
 
+from ldm.layouts import Selected, what_it_is
 from ldm.runtime import write_text
 from ldm.weight_files import CKPT_DTYPES, WeightFile, write_ckpt
 
@@ -22,7 +26,8 @@ logger = logging.getLogger(__name__)
 def read_checkpoint(path: Path) -> Mapping[str, np.ndarray]:
     """Parameter name to array, from a MindSpore .ckpt or a safetensors file; an array is read when it is asked for.
 
-    Where a file `checkpoints.sha256` lies beside it and names it, its SHA-256 is compared first.
+    Where a file `checkpoints.sha256` lies beside it and names it, its SHA-256 is compared first. MindSpore's published files have the
+    first eight digits of theirs in their name (sd_v2_base-57526ee4.ckpt): a warning says where they differ.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,6 +39,12 @@ def read_checkpoint(path: Path) -> Mapping[str, np.ndarray]:
     wanted = recorded_digests(path.parent).get(path.name)
     if wanted and sha256_of(path) != wanted:
         raise ValueError(f"{path}: not what was written, its SHA-256 differs from the one in {DIGESTS}; it is damaged or was replaced")
+    published = re.search(r"-([0-9a-f]{8})\.ckpt$", path.name)
+    if published and not wanted and not (digest := sha256_of(path)).startswith(published[1]):
+        logger.warning(
+            "%s: its SHA-256 begins with %s, not with %s as its name says: damaged, changed, or another file; if in doubt, get it anew",
+            path, digest[:8], published[1],
+        )  # fmt: skip
     try:
         return WeightFile(path)
     except ValueError as error:
@@ -46,10 +57,24 @@ def _examples(names) -> str:
 
 
 def load_weights(net: nn.Cell, weights: Mapping[str, np.ndarray], source: str) -> None:
-    """Fill every parameter of `net` from `weights`, as `fill` does."""
+    """Fill every parameter of `net` from a file's `weights`, as `fill` does, but for entries that are known to be of no use to it.
+
+    Raises:
+        ValueError: as `fill`; where it is known what the file is instead, the message says that.
+    """
     parameters = weights_of(net)
-    fill(parameters, weights, source)
+    selected = Selected(weights, parameters)
+    try:
+        fill(parameters, selected, source)
+    except ValueError:
+        if kind := what_it_is(weights):
+            raise ValueError(f"{source}: {kind}") from None
+        raise
     logger.info("%s: %d parameters, %.1fM values", source, len(parameters), sum(p.size for p in parameters.values()) / 1e6)
+    if selected.unused:
+        logger.info(
+            "%s: left out, since nothing reads them: %s", source, "; ".join(f"{len(n)} {kind}" for kind, n in selected.unused.items())
+        )
 
 
 def fill(parameters: Mapping[str, ms.Parameter], weights: Mapping[str, np.ndarray], source: str) -> None:
@@ -112,11 +137,13 @@ def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path, reco
     try:
         if path.suffix == ".safetensors":
             save_file({name: np.asarray(_array(value), order="C") for name, value in weights.items()}, partial)
+            digest = sha256_of(partial)
         else:
             with open(partial, "wb") as file:
-                write_ckpt(file, ((name, _array(value)) for name, value in weights.items()))
+                hashing = _Hashing(file)
+                write_ckpt(hashing, ((name, _array(value)) for name, value in weights.items()))
+            digest = hashing.digest.hexdigest()
         to_disk(partial)
-        digest = sha256_of(partial)
         if record:
             record_digest(path, digest)
         os.replace(partial, path)
@@ -137,11 +164,32 @@ def recorded_digests(folder: Path) -> dict[str, str]:
 
 def record_digest(path: Path, digest: str) -> None:
     """Note a file's SHA-256 in its folder's `checkpoints.sha256`."""
-    digests = recorded_digests(path.parent) | {path.name: digest}
-    write_text(path.with_name(DIGESTS), "".join(f"{value}  {name}\n" for name, value in sorted(digests.items())))
+    write_digests(path.parent, recorded_digests(path.parent) | {path.name: digest})
+
+
+def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    write_text(folder / DIGESTS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
+
+
+class _Hashing:
+    """A file that is written to, and the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, content) -> None:
+        self.file.write(content)
+        self.digest.update(content)
 
 
 def sha256_of(path: Path) -> str:
+    """Of a file's content; a file that has not changed since is read once only."""
+    status = os.stat(path)
+    return _sha256(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: str, *_: int) -> str:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while piece := file.read(2**20):

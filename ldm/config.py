@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import io
+import logging
 import os
 import sys
 import typing
@@ -14,7 +15,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasEvent, YAMLError, parse
 
+from ldm.mindone_config import from_mindone, is_mindone
+
+PROGRAM = Path(__file__).resolve().parents[1]
 LARGEST_CONFIGURATION = 2**20  # bytes
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -102,9 +107,19 @@ class ModelConfig:
                 raise ConfigError(f"{name} {pixels}: a multiple of {self.size_multiple} is wanted")
 
 
+def find_configuration(path: str | Path) -> Path:
+    """A configuration file: where the path says, else beside this program, as the 2023 example looked for it. Raises ConfigError."""
+    given, beside = Path(path), PROGRAM / path
+    if not given.is_file() and beside.is_file():
+        return beside
+    there = ", ".join(str(file.relative_to(PROGRAM)) for file in sorted(PROGRAM.glob(f"configs/*{given.suffix or '.yaml'}")))
+    require_file(given, "configuration", f"beside the program there are {there}" if there else "check the path")
+    return given
+
+
 def read_mapping(path: str | Path) -> dict:
     """A JSON or YAML file's top-level mapping. Nothing in it is executed."""
-    require_file(Path(path), "configuration", "check the path")
+    path = find_configuration(path)
     try:
         if Path(path).stat().st_size > LARGEST_CONFIGURATION:
             raise ValueError(f"larger than {LARGEST_CONFIGURATION} bytes")
@@ -184,8 +199,18 @@ def _build(cls, given, where: str):
 
 
 def read_model_config(path: str | Path) -> ModelConfig:
-    """The model configuration in a YAML or JSON file. Raises ConfigError."""
-    config = _build(ModelConfig, read_mapping(path), str(path))
+    """The model configuration in a YAML or JSON file, this program's or one of mindone's of 2023. Raises ConfigError."""
+    given = read_mapping(path)
+    if is_mindone(given):
+        try:
+            given = from_mindone(given)
+        except ValueError as error:
+            raise ConfigError(
+                f"{path}: a configuration of mindone for other networks than Stable Diffusion 2 ({error}); "
+                "use configs/train_dreambooth_sd_v2.yaml"
+            ) from None
+        logger.warning("%s: in mindone's layout of 2023; its sizes, precision, dropout and noise schedule are taken", path)
+    config = _build(ModelConfig, given, str(path))
     unet, autoencoder, text = config.unet, config.autoencoder, config.text_encoder
     widths = [unet.model_channels * mult for mult in unet.channel_mult]
     wrong = [

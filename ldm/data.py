@@ -1,8 +1,8 @@
 """Training samples: which pictures, in which order, cropped where, with which noise.
 
-Everything random follows from the seed and numbers: the noise from the sample, counted from 0 over a run, the crop from
+Everything random follows from the seed and numbers: the noise from the sample, counted from 0 over a run, the crop and the flip from
 the picture and its repeat. The same run gives the same samples however it is split or restarted, and a repeat has one crop
-in all epochs, so that a picture's crops are few enough to be encoded beforehand. Knows no network.
+in all epochs, flipped in every second one, so that a picture's crops are few enough to be encoded beforehand. Knows no network.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def load_instance_images(folder: Path) -> list[Path]:
     return paths
 
 
-Crop = tuple[Path, int, int]  # a picture and the top left corner of a square of it
+Crop = tuple[Path, int, int, bool]  # a picture, the top left corner of a square of it, and whether that is flipped left to right
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Draw:
     crop_purpose: int
     crop_number: int
     noise_purpose: int
+    turn: int  # how often its crop number was drawn before: the epoch of an instance picture, the round of a class picture
 
 
 class DreamBoothData:
@@ -60,15 +61,19 @@ class DreamBoothData:
 
     Args:
         class_paths: pictures of the class, or none without prior preservation. They take turns, reshuffled every round.
+        random_flip: flip half of the crops left to right; those of one epoch are the others in the next.
     """
 
-    def __init__(self, instance_paths: list[Path], class_paths: list[Path], repeats: int, size: int, random_crop: bool, seed: int) -> None:
+    def __init__(
+        self, instance_paths: list[Path], class_paths: list[Path], repeats: int, size: int, random_crop: bool, seed: int,
+        random_flip: bool = False,
+    ) -> None:  # fmt: skip
         self.instance_paths, self.class_paths = instance_paths, class_paths
-        self.repeats, self.size, self.random_crop, self.seed = repeats, size, random_crop, seed
+        self.repeats, self.size, self.random_crop, self.seed, self.random_flip = repeats, size, random_crop, seed, random_flip
         self.samples_per_epoch = len(instance_paths) * repeats
         self._order = lru_cache(maxsize=8)(self._permutation)
         self._read = lru_cache(maxsize=512)(self._resized)
-        self._corner = lru_cache(maxsize=None)(self._crop_corner)
+        self._first_crop = lru_cache(maxsize=None)(self._draw_crop)
 
     def _permutation(self, purpose: int, round_: int, length: int) -> np.ndarray:
         return stream(self.seed, purpose, round_).permutation(length)
@@ -76,9 +81,11 @@ class DreamBoothData:
     def _resized(self, path: Path) -> np.ndarray:
         return images.resize_short_side(images.read_image(path), self.size)
 
-    def _crop_corner(self, path: Path, purpose: int, number: int) -> tuple[int, int]:
-        rng = stream(self.seed, purpose, number) if self.random_crop else None
-        return images.crop_corner(self._read(path).shape, self.size, rng)
+    def _draw_crop(self, path: Path, purpose: int, number: int) -> tuple[int, int, bool]:
+        """Corner and flip in the first epoch or round."""
+        rng = stream(self.seed, purpose, number)
+        top, left = images.crop_corner(self._read(path).shape, self.size, rng if self.random_crop else None)
+        return top, left, self.random_flip and rng.random() < 0.5
 
     def draws(self, first: int, count: int) -> list[Draw]:
         """Samples `first` to `first + count - 1`: the instance draws, then the class draws."""
@@ -87,26 +94,28 @@ class DreamBoothData:
         for sample in samples:
             epoch, place = divmod(sample, self.samples_per_epoch)
             repeat, index = divmod(int(self._order(INSTANCE_ORDER, epoch, self.samples_per_epoch)[place]), len(self.instance_paths))
-            result.append(Draw(self.instance_paths[index], sample, INSTANCE_CROP, index * self.repeats + repeat, INSTANCE_NOISE))
+            result.append(Draw(self.instance_paths[index], sample, INSTANCE_CROP, index * self.repeats + repeat, INSTANCE_NOISE, epoch))
         for sample in samples if self.class_paths else ():
             round_, place = divmod(sample, len(self.class_paths))
             index = int(self._order(CLASS_ORDER, round_, len(self.class_paths))[place])
-            result.append(Draw(self.class_paths[index], sample, CLASS_CROP, index, CLASS_NOISE))
+            result.append(Draw(self.class_paths[index], sample, CLASS_CROP, index, CLASS_NOISE, round_))
         return result
 
     def crop(self, draw: Draw) -> Crop:
-        """Where a draw is cropped: at the centre, or with `random_crop` where its repeat is in every epoch."""
-        return draw.path, *self._corner(draw.path, draw.crop_purpose, draw.crop_number)
+        """Where a draw is cropped: at the centre, or with `random_crop` where its repeat is in every epoch; and whether it is flipped."""
+        top, left, flipped = self._first_crop(draw.path, draw.crop_purpose, draw.crop_number)
+        return draw.path, top, left, flipped ^ (self.random_flip and draw.turn % 2 == 1)
 
     def crops(self, count: int) -> list[Crop]:
         """The distinct crops of the first `count` samples, in the order of their first draw."""
-        every = max(self.samples_per_epoch, len(self.class_paths))  # by then each has had its turn
+        every = max(self.samples_per_epoch, len(self.class_paths)) * (2 if self.random_flip else 1)  # by then each has had its turns
         return list(dict.fromkeys(self.crop(draw) for draw in self.draws(0, min(count, every))))
 
     def square(self, crop: Crop) -> np.ndarray:
         """(size, size, 3) uint8."""
-        path, top, left = crop
-        return self._read(path)[top : top + self.size, left : left + self.size]
+        path, top, left, flipped = crop
+        square = self._read(path)[top : top + self.size, left : left + self.size]
+        return square[:, ::-1] if flipped else square
 
     def pixels(self, draw: Draw) -> np.ndarray:
         """(3, size, size) float32 in [-1, 1]."""

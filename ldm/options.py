@@ -19,7 +19,8 @@ SAMPLER_NAMES = ("plms", "ddim", "dpm_solver", "dpm_solver_pp", "uni_pc")
 DEVICES = ("auto", "Ascend", "CPU")
 # Options of which neither a graph nor a result depends.
 AROUND_THE_RUN = {
-    "log_level", "callback_size", "ckpt_save_interval", "save_every", "keep_checkpoints", "resume", "allow_changed_options",
+    "log_level", "callback_size", "ckpt_save_interval", "keep_weights", "save_every", "save_state_minutes", "keep_checkpoints", "resume",
+    "allow_changed_options", "version",
 }  # fmt: skip
 
 
@@ -42,11 +43,15 @@ class TrainOptions:
     train_data_repeats: int = option(40, "data", "draws of each instance picture an epoch", least=1)
     image_size: int = option(512, "data", "side of the training pictures, in pixels", least=8)
     random_crop: bool = option(False, "data", "crop at random instead of at the centre")
+    random_flip: bool | None = option(
+        None, "data", "flip half of the pictures left to right; False for a subject with lettering [as random_crop]"
+    )
 
     train_config: str = option("configs/train_dreambooth_sd_v2.json", "model", "JSON or YAML with any of these options")
     model_config: str = option("configs/train_dreambooth_sd_v2.yaml", "model", "YAML of the networks and the noise schedule")
-    pretrained_model_path: str = option("models/", "model", "folder of the base checkpoint")
-    pretrained_model_file: str = option("sd_v2_base-57526ee4.ckpt", "model", "base checkpoint, .ckpt or .safetensors")
+    version: str = option("2.0", "model", "Stable Diffusion version; others come later", aliases=("-v",), choices=("2.0",))
+    pretrained_model_path: str = option("models/", "model", "folder of the base checkpoint, or the file itself")
+    pretrained_model_file: str = option("sd_v2_base-57526ee4.ckpt", "model", "its name in that folder, .ckpt or .safetensors")
     output_path: str = option("output", "model", "folder for checkpoints, log and effective configuration")
 
     train_text_encoder: bool = option(True, "training", "train the text encoder too (else it is frozen)")
@@ -70,25 +75,35 @@ class TrainOptions:
     recompute: bool | None = option(None, "training", "feed-forward layers in less memory, twice computed [where memory is short]")
     use_ema: bool = option(False, "training", "average the weights (decay 0.9999, warmed up); saved beside the weights")
 
+    class_sampler: str = option("ddim", "class pictures", "how to sample; dpm_solver_pp needs 20 steps only", choices=SAMPLER_NAMES)
     sampling_steps: int = option(50, "class pictures", "denoising steps", least=1)
     sample_batch_size: int = option(4, "class pictures", "pictures at a time", least=1)
     guidance_scale: float = option(9.0, "class pictures", "classifier-free guidance scale", aliases=("--scale",), least=0)
 
     ckpt_save_interval: int = option(1, "run", "epochs between checkpoints", least=1)
-    save_every: int | None = option(None, "run", "updates between saved states, besides the one with each checkpoint [none]", least=1)
-    keep_checkpoints: int = option(2, "run", "saved states kept; checkpoints of epochs all stay", least=1)
+    keep_weights: int = option(10, "run", "checkpoints kept, the newest ones", least=1)
+    save_state_minutes: float | None = option(
+        15.0, "run", "save a state (to continue from) at a checkpoint when so many minutes have passed since the last one; "
+        "0: at every checkpoint, None: only at a stop", least=0,
+    )  # fmt: skip
+    save_every: int | None = option(None, "run", "updates between saved states, besides those [none]", least=1)
+    keep_checkpoints: int = option(1, "run", "saved states kept, the newest ones", least=1)
     resume: str | None = option(None, "run", '"latest", or a folder states/step_*: go on from there')
     allow_changed_options: bool = option(False, "run", "resume though options, pictures or base model have changed")
     callback_size: int = option(1, "run", "updates between log lines", least=1)
     seed: int = option(3407, "run", "all random numbers follow from it", least=0)
     log_level: str = option("INFO", "run", "how much to log", choices=LOG_LEVELS)
     device: str = option("auto", "run", "where to run; auto: Ascend where there is one, else CPU", choices=DEVICES)
-    mode: int = option(0, "run", "0 graph mode, 1 PyNative (for debugging)", choices=(0, 1))
+    mode: int = option(0, "run", "0 graph mode, 1 PyNative (for debugging)", aliases=("--ms_mode",), choices=(0, 1))
     compile_cache: bool = option(True, "run", "keep compiled graphs for the next start")
     use_parallel: bool = option(False, "run", "data parallel over the processes that mpirun or msrun started")
     use_lora: bool = option(False, "run", "LoRA: not available yet")
     lora_rank: int = option(4, "run", "LoRA rank: not available yet", least=1)
     lora_fp16: bool = option(True, "run", "LoRA in float16: not available yet")
+
+    def __post_init__(self) -> None:
+        if self.random_flip is None:
+            object.__setattr__(self, "random_flip", self.random_crop)
 
     def check(self) -> None:
         """Raise ConfigError for combinations that cannot work and for files that are not there."""
@@ -116,7 +131,7 @@ class TrainOptions:
     def graph_facts(self) -> dict:
         """The options that may shape a compiled graph: all but those that surely do not."""
         outside = {"start_learning_rate", "end_learning_rate", "warmup_steps", "decay_steps", "epochs", "train_data_repeats"}
-        outside |= {"seed", "num_class_images", "sampling_steps"} | AROUND_THE_RUN
+        outside |= {"seed", "num_class_images", "sampling_steps", "class_sampler", "random_flip"} | AROUND_THE_RUN
         return self._without(outside, ("_dir", "_path", "_file", "_prompt", "_config"))
 
     def training_facts(self) -> dict:
@@ -138,7 +153,9 @@ class TrainOptions:
 
     @property
     def checkpoint(self) -> Path:
-        return Path(self.pretrained_model_path) / self.pretrained_model_file
+        """The base checkpoint. `pretrained_model_path` names the file itself in commands from September 2023 on."""
+        path = Path(self.pretrained_model_path)
+        return path if path.is_file() else path / self.pretrained_model_file
 
 
 @dataclass(frozen=True)
@@ -157,6 +174,7 @@ class SampleOptions:
     version: str = option("2.0", "model", "Stable Diffusion version; others come later", aliases=("-v",), choices=("2.0",))
 
     sampler: str = option("plms", "sampling", "how to sample", choices=SAMPLER_NAMES)
+    plms: bool = option(False, "sampling", "the same as --sampler plms")
     ddim: bool = option(False, "sampling", "the same as --sampler ddim")
     dpm_solver: bool = option(False, "sampling", "the same as --sampler dpm_solver")
     dpm_solver_pp: bool = option(False, "sampling", "the same as --sampler dpm_solver_pp")
@@ -169,16 +187,16 @@ class SampleOptions:
     H: int | None = option(None, "sampling", "height in pixels [the configuration's]", least=8)
     W: int | None = option(None, "sampling", "width in pixels [the configuration's]", least=8)
     seed: int = option(42, "sampling", "the same seed draws the same pictures, whatever the batch", least=0)
-    fixed_code: bool = option(False, "sampling", "start every round from the same noise")
+    fixed_code: bool = option(False, "sampling", "start every prompt and round from the same noise")
 
-    output_path: str = option("output", "output", "folder: samples/ and a grid are put there")
+    output_path: str = option("output", "output", "folder: samples/ is put there, and beside it a grid of them")
     n_rows: int = option(0, "output", "pictures a row of the grid; 0: n_samples", least=0)
     skip_grid: bool = option(False, "output", "no grid")
     skip_save: bool = option(False, "output", "no single pictures")
 
     log_level: str = option("INFO", "run", "how much to log", choices=LOG_LEVELS)
     device: str = option("auto", "run", "where to run; auto: Ascend where there is one, else CPU", choices=DEVICES)
-    mode: int = option(0, "run", "0 graph mode, 1 PyNative (for debugging)", choices=(0, 1))
+    mode: int = option(0, "run", "0 graph mode, 1 PyNative (for debugging)", aliases=("--ms_mode",), choices=(0, 1))
     compile_cache: bool = option(True, "run", "keep compiled graphs for the next start")
     use_lora: bool = option(False, "run", "LoRA: not available yet")
     lora_rank: int = option(4, "run", "LoRA rank: not available yet", least=1)
@@ -186,12 +204,12 @@ class SampleOptions:
 
     @property
     def sampler_name(self) -> str:
-        return next((name for name in SAMPLER_NAMES[1:] if getattr(self, name)), self.sampler)
+        return next((name for name in SAMPLER_NAMES if getattr(self, name)), self.sampler)
 
     def check(self) -> None:
         """Raise ConfigError for combinations that cannot work and for files that are not there."""
         _refuse_lora(self)
-        named = {name for name in SAMPLER_NAMES[1:] if getattr(self, name)}
+        named = {name for name in SAMPLER_NAMES if getattr(self, name)}
         if len(named) > 1 or (named and self.sampler not in ("plms", *named)):
             raise ConfigError(f"one sampler is wanted, several are named: {', '.join(sorted(named | {self.sampler} - {'plms'}))}")
         if self.ddim_eta and self.sampler_name != "ddim":
@@ -214,7 +232,8 @@ def _check_field(spec: dataclasses.Field, value):
     meta, values = spec.metadata, value if isinstance(value, tuple) else (value,)
     if meta["choices"] and value not in meta["choices"]:
         wanted = ", ".join(map(str, meta["choices"]))
-        raise ConfigError(f"{spec.name}: one of {wanted} wanted, found {value!r}{nearest(str(value), list(map(str, meta['choices'])))}")
+        hint = "" if str(value)[:1].isdigit() else nearest(str(value), list(map(str, meta["choices"])))  # 2.1 is no misspelt 2.0
+        raise ConfigError(f"{spec.name}: one of {wanted} wanted, found {value!r}{hint}")
     for item in values:
         if item is None:
             continue

@@ -109,8 +109,8 @@ def missing_class_numbers(folder: Path, missing: int) -> list[int]:
 
 
 def sample_class_images(
-    pipeline: TextToImage, folder: Path, prompt: str, numbers: Sequence[int], *, seed: int, batch_size: int, steps: int,
-    guidance_scale: float, size: int,
+    pipeline: TextToImage, folder: Path, prompt: str, numbers: Sequence[int], *, seed: int, batch_size: int, sampler: str,
+    steps: int, guidance_scale: float, size: int,
 ) -> Iterator[Path]:  # fmt: skip
     """Draw the class pictures of the given numbers into `folder`, yielding each one's path when it is written.
 
@@ -121,7 +121,7 @@ def sample_class_images(
         chosen = numbers[start : start + batch_size]
         seeds = [(seed, n) for n in chosen] + [(seed, chosen[-1])] * (batch_size - len(chosen))  # one shape, one graph
         pictures = pipeline(
-            [prompt] * batch_size, [""] * batch_size, seeds, sampler="plms", steps=steps,
+            [prompt] * batch_size, [""] * batch_size, seeds, sampler=sampler, steps=steps,
             guidance_scale=guidance_scale, height=size, width=size,
         )  # fmt: skip
         for number, picture in zip(chosen, pictures):

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,11 @@ import mindspore as ms
 import numpy as np
 
 from ldm import runtime
-from ldm.checkpoint import read_checkpoint, save_weights, sha256_of, to_disk
+from ldm.checkpoint import read_checkpoint, recorded_digests, save_weights, sha256_of, to_disk, write_digests
+from ldm.options import TrainOptions
 
 FORMAT = 2
+WEIGHTS = re.compile(r"dreambooth_epoch_(\d+)(_ema)?\.ckpt")
 logger = logging.getLogger(__name__)
 
 
@@ -61,10 +64,22 @@ class States:
 
     Args:
         keep: how many to keep; an older one goes only after a newer one is complete.
+        minutes: how long after the last one another is due at a checkpoint; 0: at every one, None: never.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, minutes: float | None = 0) -> None:
+        self.folder, self.keep, self.minutes = folder, keep, minutes
+        self._last = time.monotonic()
+
+    def start_clock(self) -> None:
+        """Training starts: the first state is due `minutes` from now."""
+        self._last = time.monotonic()
+
+    def is_due(self, run_ends: bool) -> bool:
+        """Whether a state belongs to a checkpoint now. At the end of the run only where each has one: there is nothing to continue."""
+        if self.minutes is None:
+            return False
+        return self.minutes == 0 or (not run_ends and time.monotonic() - self._last >= 60 * self.minutes)
 
     def paths(self) -> list[Path]:
         """Complete states, the oldest first."""
@@ -102,6 +117,7 @@ class States:
             shutil.rmtree(partial, ignore_errors=True)
         for old in self.paths()[: -self.keep]:
             shutil.rmtree(old)
+        self.start_clock()
         return path
 
     def remove_litter(self) -> None:
@@ -116,6 +132,40 @@ def fingerprint(files: Iterable[Path]) -> str:
     for path in files:
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
+
+
+def remove_old_weights(folder: Path, epoch: int, keep: int) -> list[Path]:
+    """Remove the run's own checkpoints of epochs up to `epoch`, but for the `keep` newest; those that it has not recorded are not its own."""
+    recorded, epochs = recorded_digests(folder), {}
+    for name in recorded:
+        if (match := WEIGHTS.fullmatch(name)) and int(match[1]) <= epoch:
+            epochs.setdefault(int(match[1]), []).append(folder / name)
+    old = [path for number in sorted(epochs)[:-keep] for path in epochs[number]]
+    for path in old:
+        path.unlink(missing_ok=True)
+    if old:
+        write_digests(folder, {name: digest for name, digest in recorded.items() if folder / name not in old})
+    return old
+
+
+def space_needed(options: TrainOptions, checkpoint_bytes: int, state_bytes: int, to_come: int, states_there: int = 0) -> int:
+    """The most bytes that a run takes beyond what is there, with a state before every checkpoint but the last, or a stop there.
+
+    Each file is written whole before an older one goes. A stop within the last epoch takes a checkpoint more.
+
+    Args:
+        checkpoint_bytes, state_bytes: of the checkpoints of one epoch, of one state.
+        to_come: epochs that still leave checkpoints.
+        states_there: states on the disk now.
+    """
+    weights, states, most = 0, states_there, 0
+    for number in range(to_come):
+        if number < to_come - 1 or to_come == 1:
+            most = max(most, weights * checkpoint_bytes + (states + 1) * state_bytes)
+            states = min(states + 1, options.keep_checkpoints) if options.save_state_minutes is not None else states
+        most = max(most, (weights + 1) * checkpoint_bytes + states * state_bytes)
+        weights = min(weights + 1, options.keep_weights)
+    return most - states_there * state_bytes
 
 
 class MetricsFile:

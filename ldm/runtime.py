@@ -11,19 +11,21 @@ import gc
 import hashlib
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import tempfile
 import threading
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 COMPLETE = "complete"  # the file that says that a folder of compiled graphs is whole
+VERSIONS = {"mindspore": ((2, 7), (2, 11)), "numpy": ((1, 25), (2, 0))}  # from the first to before the second
 _held_locks = []
 
 
@@ -77,12 +79,16 @@ def start_logging(level: str, log_file: Path | None = None, who: str = "") -> No
 
 
 def start_device(device: str, mode: int) -> str:
-    """Import mindspore and choose the device; returns its name. Raises ValueError where a forced device is not there.
+    """Import mindspore and choose the device; returns its name.
 
     Args:
         device: "auto", "Ascend" or "CPU".
         mode: 0 graph mode, 1 PyNative.
+
+    Raises:
+        ValueError: MindSpore or NumPy is of a version that does not fit, or a forced device is not there.
     """
+    require_versions()
     import mindspore as ms
 
     os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"  # until enable_compile_cache, whose folders are keyed as MindSpore's is not
@@ -94,6 +100,19 @@ def start_device(device: str, mode: int) -> str:
     ms.set_context(mode=ms.PYNATIVE_MODE if mode else ms.GRAPH_MODE)
     logger.info("MindSpore %s on %s", ms.__version__, chosen)
     return chosen
+
+
+def require_versions() -> None:
+    """Raises ValueError where MindSpore or NumPy is missing or of a version that this program does not work with."""
+    for package, (first, end) in VERSIONS.items():
+        wanted = f"{package} from {first[0]}.{first[1]} to before {end[0]}.{end[1]}"
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            raise ValueError(f"{package} is not installed: {wanted} is needed (README, Dependencies)") from None
+        numbers = tuple(int(re.match(r"\d*", part)[0] or 0) for part in found.split(".")[:2])
+        if not first <= numbers < end:
+            raise ValueError(f"{package} {found} does not fit: {wanted} is needed (README, Dependencies)")
 
 
 def _ascend_is_available(ms) -> bool:

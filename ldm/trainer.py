@@ -88,6 +88,20 @@ def total_updates(options: TrainOptions, data: DreamBoothData, ranks: Ranks = AL
     return math.ceil(options.epochs * data.samples_per_epoch / (options.samples_per_update * ranks.size))
 
 
+def checkpoints_to_come(options: TrainOptions, samples_per_epoch: int, ranks: Ranks = ALONE, global_step: int = 0) -> int:
+    """How many epochs that end after update `global_step` leave a checkpoint."""
+    interval, epochs = options.ckpt_save_interval, options.epochs
+    done = global_step * options.samples_per_update * ranks.size // samples_per_epoch
+    return max(0, epochs // interval - done // interval + (epochs % interval > 0 and done < epochs))
+
+
+def bytes_on_disk(model: LatentDiffusion, options: TrainOptions) -> tuple[int, int]:
+    """Of the checkpoints of an epoch, and of a saved state: float32 weights, with EMA twice; trained ones, their moments and averages."""
+    trained = sum(p.size for network in trained_networks(model, options) for p in network.get_parameters())
+    whole = sum(p.size for p in model.get_parameters())
+    return 4 * whole * (1 + options.use_ema), 4 * trained * (3 + options.use_ema)
+
+
 class Trainer:
     """Fine-tunes UNet and, where asked, text encoder on DreamBoothData. The VAE is always frozen.
 
@@ -231,20 +245,6 @@ class Trainer:
         before, now = (self.epochs_done(self.global_step - k) for k in (1, 0))
         now = min(now, self.options.epochs) if self.global_step < self.total_steps else self.options.epochs
         return now if now > before else None
-
-    def checkpoints_to_come(self) -> int:
-        """How many epochs that end after the present update leave a checkpoint."""
-        done, interval, epochs = self.epochs_done(self.global_step), self.options.ckpt_save_interval, self.options.epochs
-        return max(0, epochs // interval - done // interval + (epochs % interval > 0 and done < epochs))
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Of the whole model's weights on the disk."""
-        return sum(p.nbytes for p in self.model.get_parameters()) + sum(array.nbytes for array in self.released.values())
-
-    @property
-    def state_bytes(self) -> int:
-        return sum(p.nbytes for p in self.state()[0].values())
 
     def require_equal_weights(self) -> None:
         """Raises ValueError where the processes' trained weights are not the same, bit by bit."""

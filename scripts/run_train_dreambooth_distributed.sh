@@ -5,6 +5,7 @@
 #   launcher         msrun, mpirun (OpenMPI), or rank_table (Ascend; RANK_TABLE_FILE names the table) [msrun]
 #   mpirun_options, msrun_options    further words for the launcher
 #   MASTER_PORT, log_dir             of msrun [8118, a folder msrun_logs in output_path]
+#   devices          rank_table: the device numbers of this host's ranks, in their order ["0 1 2 ..."]
 #   RANKS_BEFORE     rank_table on several hosts: how many ranks the hosts before this one have [0]
 # Ctrl-C and SIGTERM let all of them end their step and save their state.
 set -euo pipefail
@@ -72,8 +73,15 @@ case "${launcher:-msrun}" in
   rank_table)
     : "${RANK_TABLE_FILE:?launcher=rank_table needs the path of a rank table}"
     export RANK_TABLE_FILE
-    for ((device = 0; device < RANK_SIZE - ${RANKS_BEFORE:-0} && device < ${DEVICES_PER_HOST:-8}; device++)); do
-      DEVICE_ID=$device RANK_ID=$((${RANKS_BEFORE:-0} + device)) setsid bash "$train" "$@" &
+    here=$((RANK_SIZE - ${RANKS_BEFORE:-0}))
+    ((here <= ${DEVICES_PER_HOST:-8})) || here=${DEVICES_PER_HOST:-8}
+    read -ra device_numbers <<<"${devices:-$(seq -s ' ' 0 $((here - 1)))}"
+    if ((${#device_numbers[@]} != here)); then
+      echo "devices=\"$devices\": ${#device_numbers[@]} devices for the $here ranks of this host (RANK_SIZE=$RANK_SIZE)" >&2
+      exit 2
+    fi
+    for ((place = 0; place < here; place++)); do
+      DEVICE_ID=${device_numbers[place]} RANK_ID=$((${RANKS_BEFORE:-0} + place)) setsid bash "$train" "$@" &
       started+=($!)
     done
     ;;

@@ -72,10 +72,10 @@ def test_training_leaves_what_it_promises(place, trained):
         "train.log",
         "checkpoints.sha256",
     }
-    assert {p.name for p in (place / "out").iterdir()} == names | {".lock", "states"}
-    assert [p.name for p in sorted((place / "out/states").iterdir())] == ["step_00000003", "step_00000005"]
+    assert {p.name for p in (place / "out").iterdir()} == names | {".lock"}  # no state: it was not stopped, and took less than 15 minutes
     assert sorted(p.name for p in place.iterdir()) == ["cache", "classes", "model.yaml", "models", "my dog", "out", "train.yaml"]
     effective = json.loads((place / "out/effective_config.json").read_text())
+    assert effective["options"]["random_flip"] is False
     assert effective["options"]["sampling_steps"] == 2 and effective["model"]["unet"]["model_channels"] == 32
     assert len(losses(place, "out")) == 5  # 10 samples in twos
     log = (place / "out/train.log").read_text()
@@ -111,7 +111,7 @@ def test_drawing(place, trained):
     run(place, *arguments, script=script)
     samples = sorted((place / "drawn/samples").iterdir())
     assert [path.name for path in samples] == [f"{n:05d}.png" for n in range(4)]
-    assert Image.open(samples[0]).size == (32, 32) and Image.open(place / "drawn/grid-00000.png").size == (70, 70)
+    assert Image.open(samples[0]).size == (32, 32) and Image.open(place / "drawn-grid-00000.png").size == (70, 70)
     pixels = [path.read_bytes() for path in samples]
     assert len(set(pixels)) == 4
     (place / "prompts.txt").write_text("a sks dog on the hill\na cat\n")
@@ -119,7 +119,50 @@ def test_drawing(place, trained):
     run(place, *arguments, *more, script=script)
     assert len(list((place / "drawn/samples").iterdir())) == 8  # nothing is overwritten
     assert [path.read_bytes() for path in samples] == pixels
-    assert Image.open(place / "drawn/grid-00001.png").size == (36, 4 * 42 + 2)
+    assert Image.open(place / "drawn-grid-00001.png").size == (36, 4 * 42 + 2)
+    assert {path.name for path in (place / "drawn").iterdir()} == {"samples"}
+
+
+class Drawer:
+    """Draws nothing: pictures that tell what they were asked for."""
+
+    def __init__(self, model, config) -> None:
+        pass
+
+    def __call__(self, prompts, negative_prompts, seeds, *, height, width, **settings) -> np.ndarray:
+        pictures = np.zeros((len(prompts), height, width, 3), np.uint8)
+        for picture, prompt, (seed, number) in zip(pictures, prompts, seeds):
+            picture[:] = ord(prompt[0]), seed, number
+        return pictures
+
+
+@pytest.mark.parametrize("extra, wanted", [
+    # 3 prompts, 2 rounds, 2 pictures: files in blocks of a prompt, each picture drawn from the number that it always had
+    ([], [("a", 0), ("a", 1), ("a", 6), ("a", 7), ("b", 2), ("b", 3), ("b", 8), ("b", 9), ("c", 4), ("c", 5), ("c", 10), ("c", 11)]),
+    (["--fixed_code"], [(prompt, number % 2) for prompt in "abc" for number in range(4)]),  # one start for all
+])  # fmt: skip
+def test_pictures_come_prompt_by_prompt(place, tmp_path, monkeypatch, extra, wanted):
+    import text_to_image
+    from ldm import pipeline
+
+    monkeypatch.setattr(pipeline, "TextToImage", Drawer)
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    text_to_image.main([
+        f"--config={place / 'model.yaml'}", f"--ckpt_path={place / 'models/base.ckpt'}", f"--data_path={tmp_path / 'prompts.txt'}",
+        "--n_samples=2", "--n_iter=2", "--seed=7", f"--output_path={tmp_path / 'out'}", "--compile_cache=False", *extra,
+    ])  # fmt: skip
+    files = sorted((tmp_path / "out").rglob("*.png"))  # as a program does that judges pictures: no grid among them
+    assert [path.name for path in files] == [f"{n:05d}.png" for n in range(12)]
+    assert [tuple(np.asarray(Image.open(path))[0, 0]) for path in files] == [(ord(prompt), 7, number) for prompt, number in wanted]
+    assert (tmp_path / "out-grid-00000.png").exists()
+
+
+def test_a_grid_stays_within_a_folder_that_has_no_place_beside_it(tmp_path, monkeypatch):
+    import text_to_image
+
+    assert text_to_image.grid_folder(tmp_path / "out") == tmp_path
+    monkeypatch.setattr(text_to_image.os.path, "ismount", lambda path: path == tmp_path)  # of a container
+    assert text_to_image.grid_folder(tmp_path) == tmp_path
 
 
 def test_mistakes_end_with_one_line(place, tmp_path, trained):
@@ -137,7 +180,7 @@ def test_mistakes_end_with_one_line(place, tmp_path, trained):
         f"--instance_data_dir={tmp_path / 'text'}": "picture.jpg: not a readable picture",
         "--image_size=33": "a multiple of 4 is wanted",
         "--device=Ascend": "no Ascend device",
-        "--output_path=out": "holds states/step_00000005 of an earlier run; give another folder, or --resume=latest",
+        "--output_path=out": "holds dreambooth_epoch_2.ckpt of an earlier run; give another folder, or --resume=latest",
     }
     for flag, wanted in cases.items():
         errors = [line for line in train(place, "--output_path=failed", flag, status=2).stderr.splitlines() if " INFO " not in line]

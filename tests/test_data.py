@@ -12,8 +12,8 @@ def folders(tmp_path):
     return write_pictures(tmp_path / "instance", 3), write_pictures(tmp_path / "class", 5, seed=1)
 
 
-def make(folders, seed=0, random_crop=False, with_class=True):
-    return DreamBoothData(folders[0], folders[1] if with_class else [], 4, 32, random_crop, seed)
+def make(folders, seed=0, random_crop=False, with_class=True, random_flip=False):
+    return DreamBoothData(folders[0], folders[1] if with_class else [], 4, 32, random_crop, seed, random_flip)
 
 
 def test_an_epoch_draws_each_instance_picture_equally_often(folders):
@@ -74,11 +74,36 @@ def test_crops_are_those_that_a_run_draws(tmp_path, folders):
     assert len(make(folders).crops(12)) == 3 + 5  # at the centre: one a picture
     assert len(make(folders).crops(2)) <= 4
     square = write_pictures(tmp_path / "square", 2, size=(40, 40)), []
-    assert {(top, left) for _, top, left in make(square, random_crop=True).crops(8)} == {(0, 0)}
+    assert [crop[1:] for crop in make(square, random_crop=True).crops(8)] == [(0, 0, False)] * 2
     data = make(folders, random_crop=True)
     before = [data.pixels(draw) for draw in data.draws(0, 3)]
     data.forget_pictures()
     assert all(np.array_equal(a, data.pixels(draw)) for a, draw in zip(before, data.draws(0, 3)))
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_half_of_the_crops_are_flipped_and_the_other_half_in_the_next_epoch(tmp_path, folders, random_crop):
+    """Instance pictures by repeat, class pictures by round; corners are those of a run without flips."""
+    folders = folders[0], write_pictures(tmp_path / "classes", 40, seed=2)
+    data, plain = make(folders, random_crop=random_crop, random_flip=True), make(folders, random_crop=random_crop)
+    draws = data.draws(0, 240)  # 20 epochs of 12, 6 rounds of 40
+    for part, turns in ((draws[:240], 20), (draws[240:], 6)):
+        seen = {}
+        for draw in part:
+            crop, without = data.crop(draw), plain.crop(draw)
+            assert crop[:3] == without[:3] and not without[3]
+            seen.setdefault((draw.path, draw.crop_number), []).append((draw.turn, crop[3]))
+            pixels = plain.pixels(draw)
+            assert np.array_equal(data.pixels(draw), pixels[:, :, ::-1] if crop[3] else pixels)
+        for flips in seen.values():
+            assert [turn for turn, _ in flips] == list(range(turns))
+            assert all(flip == (flips[0][1] ^ (turn % 2 == 1)) for turn, flip in flips)  # the other way in every second turn
+        first = [flips[0][1] for flips in seen.values()]
+        assert 0.2 < np.mean(first) < 0.8 and len(set(first)) == 2
+    assert set(data.crops(240)) == {data.crop(draw) for draw in draws}
+    assert [make(folders, random_crop=random_crop, random_flip=True).crop(draw) for draw in draws] == [data.crop(draw) for draw in draws]
+    other = make(folders, seed=1, random_crop=random_crop, random_flip=True)
+    assert [other.crop(draw)[3] for draw in other.draws(0, 12)] != [data.crop(draw)[3] for draw in draws[:12]]
 
 
 def test_pixels(folders):

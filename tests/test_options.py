@@ -18,7 +18,7 @@ REFERENCE_DEFAULTS = dict(
     num_class_images=200, train_data_repeats=40, sampling_steps=50, sample_batch_size=4, guidance_scale=9.0,
     random_crop=False, image_size=512, train_text_encoder=True, train_batch_size=2, epochs=8, start_learning_rate=5e-6,
     warmup_steps=0, decay_steps=0, end_learning_rate=None, optim="adamw", betas=(0.9, 0.999), weight_decay=1e-2,
-    gradient_accumulation_steps=1, clip_grad=False, max_grad_norm=1.0, init_loss_scale=512, loss_scale_factor=2,
+    gradient_accumulation_steps=1, version="2.0", class_sampler="ddim", keep_weights=10, clip_grad=False, max_grad_norm=1.0, init_loss_scale=512, loss_scale_factor=2,
     scale_window=200, use_ema=False, use_lora=False, lora_rank=4, lora_fp16=True, ckpt_save_interval=1, callback_size=1,
     seed=3407, log_level="INFO",
 )  # fmt: skip
@@ -80,7 +80,7 @@ def test_spellings(files):
     checkpoint = f"--ckpt_path={files / 'base.ckpt'}"
     prompts = files / "train.yaml"
     assert parse_options(SampleOptions, [checkpoint, "--from-file", str(prompts)]).data_path == str(prompts)
-    for name in ("ddim", "dpm_solver", "dpm_solver_pp", "uni_pc"):
+    for name in ("plms", "ddim", "dpm_solver", "dpm_solver_pp", "uni_pc"):
         assert parse_options(SampleOptions, [checkpoint, f"--{name}"]).sampler_name == name
         assert parse_options(SampleOptions, [checkpoint, "--sampler", name]).sampler_name == name
 
@@ -146,8 +146,8 @@ def test_no_class_folder_is_needed_without_prior_preservation(files, capsys):
 
 
 @pytest.mark.parametrize("flags, wanted", [
-    (["--ddim", "--uni_pc"], "several are named"), (["--ddim", "--sampler=uni_pc"], "several are named"),
-    (["--ddim_eta=1"], "ddim sampler only"), (["-v", "1.5"], "one of 2.0 wanted"), (["--skip_grid", "--skip_save"], "nothing to write"),
+    (["--ddim", "--uni_pc"], "several are named"), (["--ddim", "--sampler=uni_pc"], "several are named"), (["--plms", "--ddim"], "several are named"),
+    (["--ddim_eta=1"], "ddim sampler only"), (["-v", "2.1"], "one of 2.0 wanted, found '2.1'\n"), (["--skip_grid", "--skip_save"], "nothing to write"),
     (["--n_samples=0"], "1 or more"), (["--use_lora"], "has none yet"), (["--lora_rank=8"], "has none yet"), (["stray"], "unknown argument stray"),
 ])  # fmt: skip
 def test_mistaken_sampling_flags(files, capsys, flags, wanted):
@@ -180,7 +180,7 @@ def test_every_option_is_read_somewhere():
     used = set()
     for path in [*ROOT.glob("*.py"), *(ROOT / "ldm").rglob("*.py")]:
         used |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    used |= {"ddim", "dpm_solver", "dpm_solver_pp", "uni_pc", "lora_ckpt_path"}  # read by name, see test_spellings
+    used |= {"plms", "ddim", "dpm_solver", "dpm_solver_pp", "uni_pc", "lora_ckpt_path"}  # read by name, see test_spellings
     for cls in (TrainOptions, SampleOptions):
         unused = {field.name for field in dataclasses.fields(cls)} - used - {"train_config", "version"}  # read while parsing
         assert not unused

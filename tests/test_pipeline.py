@@ -56,7 +56,7 @@ def test_height_and_width(pipeline):
 def test_class_pictures_are_topped_up_to_the_count(pipeline, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
-    settings = dict(seed=1, batch_size=2, steps=2, guidance_scale=2.0, size=32)
+    settings = dict(seed=1, batch_size=2, sampler="ddim", steps=2, guidance_scale=2.0, size=32)
     paths = list(sample_class_images(pipeline, whole, "a dog", missing_class_numbers(whole, 5), **settings))
     assert [p.name for p in paths] == [f"class_{n:05d}.png" for n in range(5)] and valid_class_images(whole) == paths
     write_pictures(parts, 1)  # a picture of the user's own

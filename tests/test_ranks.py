@@ -188,7 +188,8 @@ def save(number, frame):
     sys.exit(128 + number)
 signal.signal(signal.SIGTERM, save), signal.signal(signal.SIGINT, save)
 assert sys.argv[1] == "train_dreambooth.py" and "--use_parallel=True" in sys.argv and "--output_path=two words/txt2img" in sys.argv
-open(f"started {{rank}}", "w")
+with open(f"started {{rank}}", "w") as file:
+    file.write(os.environ["DEVICE_ID"])
 if rank == os.environ.get("FAILS"):
     sys.exit(3)
 time.sleep(float(os.environ["SECONDS_TO_TRAIN"]))
@@ -230,6 +231,10 @@ def test_the_launch_script_ends_as_its_processes_do(launch, tmp_path, launcher):
     assert launch(launcher, 100, FAILS="1").wait(60) == 3
     for path in tmp_path.glob("started *"):
         path.unlink()
+    if launcher == "rank_table":
+        assert launch(launcher, 0, devices="4 6").wait(60) == 0
+        assert [(tmp_path / f"started {rank}").read_text() for rank in (0, 1)] == ["4", "6"]
+        assert launch(launcher, 0, devices="4 5 6").wait(60) == 2
     process = launch(launcher, 100)
     wait_for(lambda: len(list(tmp_path.glob("started *"))) == 2, 60)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C at a terminal does

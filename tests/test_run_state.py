@@ -6,11 +6,17 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import SHALLOW, in_half, random_model, weights_as_arrays
+from conftest import ROOT, SHALLOW, in_half, random_model, weights_as_arrays
 from test_trainer import OPTIONS, make_data, make_trainer
 
+from ldm import run_state
+from ldm.checkpoint import record_digest, recorded_digests
+from ldm.config import read_model_config
+from ldm.models.latent_diffusion import build_model
+from ldm.options import TrainOptions
 from ldm.ranks import ALONE
-from ldm.run_state import MetricsFile, States, fingerprint, read_state
+from ldm.run_state import MetricsFile, States, fingerprint, read_state, remove_old_weights, space_needed
+from ldm.trainer import bytes_on_disk, checkpoints_to_come
 from train_dreambooth import compare_origins, find_state, origin_of, take_output_folder
 
 ORIGIN = {"seed": 1}
@@ -104,7 +110,7 @@ def test_no_state_but_results_is_no_start_from_the_beginning(saved, tmp_path):
     assert find_state(options, saved).progress == {"global_step": 3}
     for path in saved.paths():
         (path / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="holds states/step_00000003, but no state that can be read; give another folder"):
+    with pytest.raises(ValueError, match="holds states/step_00000003, but no state that can be read .*; give another folder"):
         find_state(options, saved)
     for path in saved.paths():
         shutil.rmtree(path)
@@ -184,3 +190,68 @@ def test_metrics_after_the_state_are_dropped(tmp_path):
     MetricsFile(path, 2).write({"global_step": 3, "loss": 0.5})
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["global_step"] for row in rows] == [1, 2, 3] and [row["loss"] for row in rows] == [None, None, 0.5]
+
+
+def test_when_a_state_is_due(tmp_path, monkeypatch):
+    """At a checkpoint, so many minutes after the last state; at the end of a run only where every checkpoint has one."""
+    now = [0.0]
+    monkeypatch.setattr(run_state.time, "monotonic", lambda: now[0])
+    states, every, never = (States(tmp_path / "states", 1, minutes) for minutes in (15, 0, None))
+    now[0] = 400.0
+    states.start_clock()
+    for minute, wanted in ((14, False), (15, True), (29, False), (30, True)):
+        now[0] = 400.0 + 60 * minute
+        assert states.is_due(run_ends=False) == wanted and not states.is_due(run_ends=True)
+        assert every.is_due(False) and every.is_due(True) and not never.is_due(False)
+        if wanted:
+            states.save({"a": np.zeros(2, np.float32)}, {"global_step": minute}, ORIGIN)
+    assert [path.name for path in states.paths()] == ["step_00000030"]
+
+
+def test_old_weights_go_but_for_the_newest_and_what_the_run_did_not_write(tmp_path):
+    for name in ("1", "2", "2_ema", "3", "9"):
+        path = tmp_path / f"dreambooth_epoch_{name}.ckpt"
+        path.write_bytes(b"x")
+        record_digest(path, name)
+    own = [tmp_path / "dreambooth_epoch_0.ckpt", tmp_path / "dreambooth_epoch_1 copy.ckpt"]
+    for path in own:
+        path.write_bytes(b"the user's")
+    record_digest(own[1], "x")
+    assert remove_old_weights(tmp_path, 3, 2) == [tmp_path / "dreambooth_epoch_1.ckpt"]
+    assert remove_old_weights(tmp_path, 3, 2) == []
+    # resumed before epoch 9: that is not the newest of the present course
+    assert sorted(path.name for path in remove_old_weights(tmp_path, 3, 1)) == ["dreambooth_epoch_2.ckpt", "dreambooth_epoch_2_ema.ckpt"]
+    left = {"dreambooth_epoch_3.ckpt", "dreambooth_epoch_9.ckpt", own[1].name}
+    assert recorded_digests(tmp_path).keys() == left
+    assert {path.name for path in tmp_path.iterdir()} == left | {own[0].name, "checkpoints.sha256"}
+
+
+def full_size_bytes(**changes) -> tuple[TrainOptions, int, int]:
+    """Options, and the bytes of a checkpoint and a state, of Stable Diffusion 2.0-base."""
+    options = TrainOptions(**changes)
+    return options, *bytes_on_disk(build_model(read_model_config(ROOT / "configs/train_dreambooth_sd_v2.yaml")), options)
+
+
+def test_the_documented_runs_fit_on_the_disk():
+    """8 epochs in 60 GB, the 20 that are advised with a frozen text encoder in 80: with a state before every checkpoint but the last."""
+    options, checkpoint, state = full_size_bytes()
+    assert (round(checkpoint / 1e9, 2), round(state / 1e9, 1)) == (5.16, 14.5)
+    to_come = checkpoints_to_come(options, samples_per_epoch=200)
+    assert to_come == 8
+    assert 59e9 < space_needed(options, checkpoint, state, to_come) <= 60e9  # six checkpoints, the old state and the new one
+    none = dataclasses.replace(options, save_state_minutes=None)  # a stop in the last epoch but one
+    assert space_needed(none, checkpoint, state, 8) == 6 * checkpoint + state
+    assert space_needed(dataclasses.replace(none, keep_weights=1), checkpoint, state, 8) == checkpoint + state
+    assert space_needed(options, checkpoint, state, 1, states_there=1) == state  # to be replaced after the new one is whole
+    frozen = full_size_bytes(epochs=20, train_text_encoder=False)
+    assert space_needed(*frozen, checkpoints_to_come(frozen[0], 200)) <= 80e9
+    averaged = full_size_bytes(use_ema=True)
+    assert averaged[1:] == (2 * checkpoint, state // 3 * 4)
+    # by hand: 3 checkpoints of 10, states of 3, the newest 2 checkpoints and 1 state kept: 10 + 3 + 3 at the second state, 30 + 3 at the end
+    assert space_needed(dataclasses.replace(options, keep_weights=2), 10, 3, 3) == 33
+
+
+def test_checkpoints_to_come():
+    options = TrainOptions(train_batch_size=3, epochs=3, ckpt_save_interval=2)
+    counts = [checkpoints_to_come(options, 8, global_step=step) for step in range(9)]  # epochs 2 (in update 6) and 3
+    assert counts == [2, 2, 2, 2, 2, 2, 1, 1, 0]

@@ -9,10 +9,12 @@ import sys
 import time
 
 import numpy as np
+import pytest
 from conftest import ROOT
 from test_commands import environment, place, run, train, train_arguments  # noqa: F401
 
 from ldm.checkpoint import read_checkpoint
+from ldm.ranks import ALONE
 
 
 def start(place, *extra, **options):  # noqa: F811
@@ -55,7 +57,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):  # noqa: F811
     assert len(list((place / "classes/dog").iterdir())) == 3  # none is drawn for a run that is refused
     epochs = done * 2 // 5 + 2  # 5 samples an epoch, 2 an update; the last update ends it
     end = (*LONG, f"--epochs={epochs}", f"--ckpt_save_interval={epochs}")
-    resumed = train(place, "--output_path=stopped", *end, "--resume=latest")
+    resumed = train(place, "--output_path=stopped", *end, "--resume=latest", "--save_state_minutes=0")
     assert f"resumed from stopped/states/step_{done:08d}: {done} of" in resumed.stderr
     whole = train(place, "--output_path=whole", *end)
     assert whole.returncode == 0
@@ -70,6 +72,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):  # noqa: F811
     lost.unlink()
     assert "updates are done already" in train(place, "--output_path=stopped", *end, "--resume=latest").stderr
     assert {path: path.read_bytes() for path in folder.glob("*.ckpt")} == written
+    # a run that ended without a state of its end: its last checkpoints, newer than the state, say that all is done
+    last = max((folder / "states").iterdir())
+    earlier = json.loads((last / "manifest.json").read_text())
+    earlier["progress"]["global_step"] -= 1
+    (last / "manifest.json").write_text(json.dumps(earlier)), os.utime(last / "manifest.json", (1, 1))
+    again = train(place, "--output_path=stopped", *end, "--resume=latest").stderr
+    assert "updates are done already" in again and "compiling" not in again
     check = subprocess.run(["sha256sum", "--check", "--strict", "checkpoints.sha256"], cwd=folder, capture_output=True, text=True)
     assert check.returncode == 0 and check.stdout.count(": OK") == 2
 
@@ -163,20 +172,35 @@ def test_larger_pictures(place):  # noqa: F811
     assert "step 1/1 epoch 1" in done.stderr and (place / "larger/dreambooth_epoch_1.ckpt").exists()
 
 
-def test_disk_space_that_is_not_there_is_said_before_training(place, caplog, monkeypatch):  # noqa: F811
+def test_disk_space_that_is_not_there_is_said_before_class_pictures_are_drawn(place, monkeypatch, caplog, tmp_path):  # noqa: F811
     import types
 
     import train_dreambooth
-    from ldm.run_state import States
 
-    trainer = types.SimpleNamespace(
-        options=types.SimpleNamespace(use_ema=True, keep_checkpoints=2, output_path="out", epochs=8),
-        checkpoint_bytes=5 * 10**9, state_bytes=10 * 10**9, checkpoints_to_come=lambda: 8,
-    )  # fmt: skip
-    states = States(place / "out" / "states", 2)
-    (place / "out").mkdir(exist_ok=True)
-    for free, warned in ((109 * 10**9, True), (110 * 10**9, False)):  # 8 x 2 x 5 and (2 + 1) x 10
+    class Drawn(Exception):
+        pass
+
+    def prepare(*arguments):
+        raise Drawn
+
+    monkeypatch.setattr(train_dreambooth, "prepare_class_images", prepare)
+    monkeypatch.setattr(train_dreambooth.runtime, "start_logging", lambda *arguments: None)
+    monkeypatch.chdir(place)
+    for free, warned in ((1, True), (10**10, False)):
         caplog.clear()
         monkeypatch.setattr(train_dreambooth.shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
-        train_dreambooth.warn_of_a_full_disk(trainer, states)
-        assert ("need 110.0 GB, 109.0 GB are free" in caplog.text) == warned
+        options, config = train_dreambooth.read_options([*train_arguments(), f"--output_path={tmp_path / str(free)}"])
+        with pytest.raises(Drawn):
+            train_dreambooth.run(options, config, ALONE, "CPU", None)
+        assert ("checkpoints and states to come need up to 0.0 GB, 0.0 GB are free" in caplog.text) == warned
+
+
+def test_only_the_newest_checkpoints_stay(place):  # noqa: F811
+    """And a state at every checkpoint, of which one stays."""
+    done = train(place, "--output_path=kept", "--epochs=4", "--keep_weights=2", "--save_state_minutes=0", "--warmup_steps=2")
+    assert sorted(path.name for path in (place / "kept").glob("*.ckpt")) == ["dreambooth_epoch_3.ckpt", "dreambooth_epoch_4.ckpt"]
+    assert "removed kept/dreambooth_epoch_2.ckpt (--keep_weights)" in done.stderr
+    assert [path.name for path in (place / "kept/states").iterdir()] == ["step_00000010"]
+    assert "warming up over the first 2 updates (the 2023 example ignored warmup_steps" in done.stderr
+    check = subprocess.run(["sha256sum", "--check", "checkpoints.sha256"], cwd=place / "kept", capture_output=True, text=True)
+    assert check.returncode == 0 and check.stdout.count(": OK") == 2

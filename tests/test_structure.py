@@ -5,7 +5,8 @@ import ast
 from conftest import ROOT
 
 ROWS = [
-    {"config", "runtime", "ranks", "tokenizer", "weight_files", "torch_files"},
+    {"mindone_config"},
+    {"config", "runtime", "ranks", "tokenizer", "weight_files", "torch_files", "layouts"},
     {"options", "images", "schedule", "models.kernels"},
     {"models.convolution"},
     {"models.layers"},

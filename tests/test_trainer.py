@@ -16,7 +16,7 @@ from ldm.latent_cache import Encoding
 from ldm.options import TrainOptions
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
-from ldm.trainer import Trainer
+from ldm.trainer import Trainer, bytes_on_disk
 
 STEPS = 20
 OPTIONS = TrainOptions(
@@ -28,7 +28,9 @@ OPTIONS = TrainOptions(
 def make_data(folder, options, with_class=True) -> DreamBoothData:
     instance = write_pictures(folder / "instance", 4, seed=1)
     classes = write_pictures(folder / "class", 7, seed=2) if with_class else []
-    return DreamBoothData(instance, classes, options.train_data_repeats, options.image_size, options.random_crop, options.seed)
+    return DreamBoothData(
+        instance, classes, options.train_data_repeats, options.image_size, options.random_crop, options.seed, options.random_flip
+    )
 
 
 def make_trainer(model, config, options, data) -> Trainer:
@@ -130,7 +132,8 @@ def test_without_class_pictures_the_loss_is_the_instance_term(tmp_path):
     assert all(report.loss == report.instance_loss and report.class_loss == 0 for report in reports)
     assert np.allclose([report.learning_rate for report in reports], np.array([1, 2, 3, 3]) / 3 * 1e-4)
     trained, all_values = (sum(p.size for p in parameters) for parameters in (trainer.parameters, model.get_parameters()))
-    assert trainer.checkpoint_bytes == 4 * all_values and trainer.state_bytes == 4 * 4 * trained  # weights, two moments, averages
+    assert bytes_on_disk(model, options) == (2 * 4 * all_values, 4 * 4 * trained)  # averages too; weights, two moments, averages
+    assert sum(p.nbytes for p in trainer.state()[0].values()) == 4 * 4 * trained
     paths = trainer.save(tmp_path / "out", 1)
     assert all(0 <= path.stat().st_size - 4 * all_values < 0.05 * 4 * all_values for path in paths)
     assert [path.name for path in paths] == ["dreambooth_epoch_1.ckpt", "dreambooth_epoch_1_ema.ckpt"]
@@ -144,13 +147,12 @@ def test_steps_epochs_and_checkpoints(tmp_path):
     options = dataclasses.replace(OPTIONS, train_batch_size=3, train_data_repeats=2, epochs=3, ckpt_save_interval=2)
     trainer = make_trainer(random_model(SHALLOW), SHALLOW, options, make_data(tmp_path, options))
     trainer.one_update = lambda: (setattr(trainer, "global_step", trainer.global_step + 1), (np.ones(3), 0.0, False))[1]
-    assert trainer.checkpoints_to_come() == 2  # of the epochs 2 and 3
     seen, saved = [], []
     for report in trainer.run():  # 8 samples an epoch, 3 a step
         seen.append((report.global_step, report.epoch, trainer.finished_epoch()))
-        saved += [(trainer.epoch_to_save(), trainer.checkpoints_to_come())] if trainer.epoch_to_save() else []
+        saved += [trainer.epoch_to_save()] if trainer.epoch_to_save() else []
     assert seen == [(1, 1, None), (2, 1, None), (3, 2, 1), (4, 2, None), (5, 2, None), (6, 3, 2), (7, 3, None), (8, 3, 3)]
-    assert saved == [(2, 1), (3, 0)]
+    assert saved == [2, 3]
 
 
 def test_float16_training_and_overflow(tmp_path):

@@ -1,0 +1,79 @@
+"""The model configurations of mindone's 2023 examples, `model: {target, params}`: their values in this program's layout.
+
+Nothing that such a file names is imported. Must not import mindspore.
+"""
+
+from collections.abc import Mapping
+
+UNET, VAE, TEXT = "UNetModel", "AutoencoderKL", ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder")
+PREDICTIONS = {
+    "eps": "epsilon", "noise": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "velocity": "v_prediction",
+    "v_prediction": "v_prediction",
+}  # fmt: skip
+
+
+def is_mindone(given: Mapping) -> bool:
+    return isinstance(given.get("model"), dict) and {"target", "params"} <= given["model"].keys()
+
+
+def from_mindone(given: Mapping) -> dict:
+    """The mapping that a `ModelConfig` is built from. What the file leaves out is as mindone's networks have it by default.
+
+    Raises:
+        ValueError: it describes networks that this program does not have.
+    """
+    try:
+        model, params = given["model"], given["model"]["params"]
+        parts = [
+            (params[f"{part}_config"]["target"], params[f"{part}_config"].get("params") or {})
+            for part in ("unet", "first_stage", "cond_stage")
+        ]
+        (unet_target, unet), (vae_target, vae), (text_target, text) = parts
+        sizes = vae["ddconfig"]
+        prediction = params.get("parameterization", model.get("prediction_type", "eps"))
+        wrong = [
+            (unet_target.split(".")[-1] != UNET, f"unet_config is a {unet_target}"),
+            (vae_target.split(".")[-1] != VAE, f"first_stage_config is a {vae_target}"),
+            (text_target.split(".")[-1] not in TEXT, f"cond_stage_config is a {text_target}"),
+            (not unet.get("use_linear_in_transformer") or "num_head_channels" not in unet, "its UNet is that of Stable Diffusion 1"),
+            (unet.get("transformer_depth", 1) != 1, f"transformer_depth is {unet.get('transformer_depth')}"),
+            (bool(sizes.get("attn_resolutions")), "its VAE has attention at several resolutions"),
+            (prediction not in PREDICTIONS, f"parameterization is {prediction}"),
+        ]
+        for is_wrong, what in wrong:
+            if is_wrong:
+                raise ValueError(what)
+        return {
+            "image_size": params["image_size"] * 2 ** (len(sizes["ch_mult"]) - 1),  # there of the latents
+            "use_fp16": bool(params.get("use_fp16", unet.get("use_fp16", False))),
+            "unet": {
+                **{key: unet[key] for key in ("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks")},
+                "attention_resolutions": unet["attention_resolutions"],
+                "head_channels": unet["num_head_channels"],
+                "context_dim": unet["context_dim"],
+                "dropout": unet.get("dropout", 0.0),
+            },
+            "autoencoder": {
+                "image_channels": sizes["in_channels"],
+                "latent_channels": sizes["z_channels"],
+                "base_channels": sizes["ch"],
+                "channel_mult": sizes["ch_mult"],
+                "num_res_blocks": sizes["num_res_blocks"],
+                "scale_factor": params["scale_factor"],
+            },
+            "text_encoder": {
+                "vocab_size": text.get("vocab_size", 49408),
+                "context_length": text.get("context_length", 77),
+                "width": text.get("width", unet["context_dim"]),
+                "heads": text.get("heads", 16),
+                "layers": text.get("layers", 23),
+            },
+            "noise_schedule": {
+                "timesteps": params.get("timesteps", 1000),
+                "beta_start": params["linear_start"],
+                "beta_end": params["linear_end"],
+                "prediction_type": PREDICTIONS[prediction],
+            },
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{error.args[0] if isinstance(error, KeyError) else error} is missing or not as expected") from None
