@@ -54,7 +54,8 @@ def take_output_folder(options: TrainOptions, config: ModelConfig) -> None:
 
 def results(output: Path) -> list[Path]:
     """What a run has left in its output folder and another must not overwrite."""
-    return sorted(path.relative_to(output) for path in [*output.glob("dreambooth_epoch_*"), *output.glob("states/step_*")])
+    found = [*output.glob("dreambooth_epoch_*"), *output.glob("states/step_*")]
+    return sorted(path.relative_to(output) for path in found if path.name != "step_00000000")  # which has no weights
 
 
 def find_state(options: TrainOptions, states):
@@ -68,8 +69,8 @@ def find_state(options: TrainOptions, states):
         output = Path(options.output_path)
         if found := results(output):
             raise ConfigError(
-                f"resume: output_path {output} holds {found[-1]}, but no state that can be read (--save_state_minutes says when they are "
-                "saved); give another folder to start anew, there with --pretrained_model_path=FILE to train a checkpoint on"
+                f"resume: output_path {output} holds {found[-1]}, but no state that can be read; give another folder to start anew, "
+                "there with --pretrained_model_path=FILE to train a checkpoint on"
             )
         logger.info("resume: no state there yet, starting from the beginning")
     return state
@@ -180,7 +181,8 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
     if ranks.is_first:
         done = state.progress["global_step"] if state else 0
         to_come = checkpoints_to_come(options, len(instance_paths) * options.train_data_repeats, ranks, done)
-        warn_of_a_full_disk(output, space_needed(options, *bytes_on_disk(model, options), to_come, len(states.paths())))
+        states_there = len(states.paths()) if done else 0
+        warn_of_a_full_disk(output, space_needed(options, *bytes_on_disk(model, options), to_come, states_there))
     checkpoint.load_weights(model, checkpoint.read_checkpoint(options.checkpoint), str(options.checkpoint))
     class_paths, sampled = prepare_class_images(options, model, config, ranks) if options.with_prior_preservation else ([], False)
     class_pictures = {"class pictures": fingerprint(class_paths)}
@@ -213,17 +215,20 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
         trainer.compile()
         runtime.start_again()
     if state:
-        trainer.restore(state.arrays, state.progress, str(state.path))
-        logger.info("resumed from %s: %d of %d updates done", state.path, trainer.global_step, trainer.total_steps)
+        if state.arrays:
+            trainer.restore(state.arrays, state.progress, str(state.path))
+            logger.info("resumed from %s: %d of %d updates done", state.path, trainer.global_step, trainer.total_steps)
         epoch = trainer.epoch_to_save()
         if epoch and ranks.is_first and not all(is_newer(path, state.path) for path in trainer.checkpoint_paths(output, epoch)):
             trainer.save(output, epoch)  # the run was stopped between the state and this
-        # A run that ended has left no state of its end, but its last checkpoint.
+        # A run that ended may have left no state of its end, but its last checkpoint.
         ended = unchanged and all(is_newer(path, state.path) for path in trainer.checkpoint_paths(output, options.epochs))
         state = None  # closes its file
         if ranks.any(ended or trainer.global_step >= trainer.total_steps):
             logger.info("all %d updates are done already; --epochs says how many there are", trainer.total_steps)
             return
+        if not trainer.global_step:
+            logger.warning("resume: no state was saved before that run was killed (--save_state_minutes): starting from the beginning")
     trainer.require_equal_weights()
     logger.info("training %.1fM values on %d pictures: %d updates", trainer.trained_values / 1e6, len(instance_paths), trainer.total_steps)
     if options.warmup_steps:
@@ -278,6 +283,8 @@ def train(trainer, states, origin: dict, signals: runtime.StopSignals) -> None:
     first = trainer.global_step + 1
     disable = None if ranks.is_first else True
     states.start_clock()
+    if ranks.is_first and not trainer.global_step:
+        states.begin(origin)
     with tqdm(total=trainer.total_steps, initial=trainer.global_step, desc="training", unit="step", disable=disable) as bar:
         for report in trainer.run():
             if report.global_step == first:

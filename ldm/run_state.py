@@ -3,7 +3,7 @@
 A state is a folder `step_<update>` with `state.ckpt` (trained weights, Adam's moments, with EMA the averages) and
 `manifest.json` (how far the run is, what it was made of, and the SHA-256 of the other file). A state appears whole or not
 at all: it is written under a hidden name, flushed to the disk, and renamed. States are saved between two updates, when no
-gradients are being accumulated.
+gradients are being accumulated. The state of update 0 says what the run is made of, and holds no weights: they are the base model's.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class State:
     """A state that was read and found whole.
 
     Attributes:
-        arrays: by parameter name; each is read when it is asked for.
+        arrays: by parameter name; each is read when it is asked for. None at update 0.
         progress: of Trainer.state.
         origin: what the run was made of: options, model configuration, fingerprints.
     """
@@ -54,7 +54,8 @@ def read_state(path: Path) -> State:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
         if sha256_of(path / "state.ckpt") != manifest["sha256"]:
             raise ValueError("state.ckpt is not what was written: its SHA-256 differs")
-        return State(path, read_checkpoint(path / "state.ckpt"), manifest["progress"], manifest["origin"])
+        begins = manifest["progress"]["global_step"] == 0
+        return State(path, {} if begins else read_checkpoint(path / "state.ckpt"), manifest["progress"], manifest["origin"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a whole state of a run ({error})") from None
 
@@ -94,6 +95,10 @@ class States:
             except ValueError as error:
                 logger.warning("passed over: %s", error)
         return None
+
+    def begin(self, origin: dict) -> None:
+        """Note what a run is made of, before its first update: killed before a state was saved, it can begin again and end the same."""
+        self.save({}, {"global_step": 0}, origin)
 
     def save(self, arrays: Mapping[str, ms.Tensor], progress: dict, origin: dict) -> Path:
         """Write a state, and remove those that are no longer kept.

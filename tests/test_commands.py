@@ -72,7 +72,8 @@ def test_training_leaves_what_it_promises(place, trained):
         "train.log",
         "checkpoints.sha256",
     }
-    assert {p.name for p in (place / "out").iterdir()} == names | {".lock"}  # no state: it was not stopped, and took less than 15 minutes
+    assert {p.name for p in (place / "out").iterdir()} == names | {".lock", "states"}
+    assert [p.name for p in (place / "out/states").iterdir()] == ["step_00000000"]  # not stopped, and done in less than 15 minutes
     assert sorted(p.name for p in place.iterdir()) == ["cache", "classes", "model.yaml", "models", "my dog", "out", "train.yaml"]
     effective = json.loads((place / "out/effective_config.json").read_text())
     assert effective["options"]["random_flip"] is False
