@@ -231,11 +231,7 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
             logger.warning("resume: no state was saved before that run was killed (--save_state_minutes): starting from the beginning")
     trainer.require_equal_weights()
     logger.info("training %.1fM values on %d pictures: %d updates", trainer.trained_values / 1e6, len(instance_paths), trainer.total_steps)
-    if options.warmup_steps:
-        logger.info(
-            "warming up over the first %d updates (the 2023 example ignored warmup_steps: its rate was constant, as with 0)",
-            options.warmup_steps,
-        )  # fmt: skip
+    tell_of_surprises(options, config)
     with signals.postponed():
         try:
             train(trainer, states, origin, signals)
@@ -247,6 +243,16 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
             raise FloatingPointError(f"{error}{last_good(states)}") from None
     path = trainer.checkpoint_paths(output, options.epochs)[-1]  # with EMA the averaged weights
     logger.info("done; draw with: python text_to_image.py --config %s --ckpt_path %s --prompt ...", options.model_config, path)
+
+
+def tell_of_surprises(options: TrainOptions, config: ModelConfig) -> None:
+    """What configuration files of 2023 bring with them."""
+    if options.warmup_steps:
+        text = "warming up over the first %d updates (the 2023 example ignored warmup_steps: its rate was constant, as with 0)"
+        logger.info(text, options.warmup_steps)
+    if config.unet.dropout:
+        text = "dropout %g in the UNet: what it drops differs from run to run, so that no run is repeated or resumed bit by bit"
+        logger.warning(text, config.unet.dropout)
 
 
 def is_newer(checkpoint: Path, state: Path) -> bool:

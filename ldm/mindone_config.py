@@ -5,7 +5,8 @@ Nothing that such a file names is imported. Must not import mindspore.
 
 from collections.abc import Mapping
 
-UNET, VAE, TEXT = "UNetModel", "AutoencoderKL", ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder")
+UNET, VAE = "UNetModel", "AutoencoderKL"
+TEXT = ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "FrozenCLIPEmbedder_ZH")  # the last, with a width of 1024, is SD2's in early files
 PREDICTIONS = {
     "eps": "epsilon", "noise": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "velocity": "v_prediction",
     "v_prediction": "v_prediction",

@@ -15,6 +15,9 @@ from ldm.config import fail, read_model_config
 
 
 def convert(source: Path, target: Path, config_file: Path, half: bool) -> None:
+    from ldm import runtime
+
+    runtime.require_versions()
     import numpy as np
 
     from ldm import checkpoint, convert

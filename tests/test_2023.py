@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, write_pictures
 from omegaconf import OmegaConf
 
+import train_dreambooth
 from ldm.config import ConfigError, read_model_config
 from ldm.options import SampleOptions, TrainOptions, parse_options
 
@@ -170,6 +171,18 @@ def test_the_models_configuration_of_2023_says_the_same_as_ours(home, caplog):
         assert getattr(old.unet, field) == getattr(ours.unet, field)
 
 
+def test_what_its_files_bring_with_them_is_said(home, caplog):
+    caplog.set_level("INFO")
+    train_dreambooth.tell_of_surprises(parse_options(TrainOptions, TRAIN), read_model_config("configs/train_dreambooth_sd_v2.yaml"))
+    assert "warming up over the first 200 updates (the 2023 example ignored warmup_steps" in caplog.text
+    assert "dropout 0.1 in the UNet: what it drops differs from run to run" in caplog.text
+    caplog.clear()
+    ours = ROOT / "configs/train_dreambooth_sd_v2"
+    options = parse_options(TrainOptions, [*TRAIN, f"--train_config={ours}.json"])
+    train_dreambooth.tell_of_surprises(options, read_model_config(f"{ours}.yaml"))
+    assert not caplog.text
+
+
 def changed(path: str, value) -> dict:
     """The model's configuration with one value changed, or taken away."""
     config = copy.deepcopy(MODEL)
@@ -186,7 +199,8 @@ def changed(path: str, value) -> dict:
     ("params.parameterization", None, "epsilon"), ("params.parameterization", "x0", "parameterization is x0"),
     ("params.unet_config.params.num_head_channels", None, "Stable Diffusion 1"),
     ("params.unet_config.params.use_linear_in_transformer", None, "Stable Diffusion 1"),
-    ("params.cond_stage_config.target", "ldm.modules.encoders.modules.FrozenCLIPEmbedder_ZH", "FrozenCLIPEmbedder_ZH"),
+    ("params.cond_stage_config.target", "ldm.modules.encoders.modules.FrozenCLIPEmbedder_ZH", "epsilon"),  # of June 2023
+    ("params.cond_stage_config.target", "ldm.modules.encoders.modules.FrozenCnCLIPEmbedder", "FrozenCnCLIPEmbedder"),
     ("params.unet_config.target", "ldm.modules.diffusionmodules.openaimodel.ControlledUnetModel", "ControlledUnetModel"),
     ("params.scale_factor", None, "scale_factor is missing"), ("params.unet_config", 3, "missing or not as expected"),
 ])  # fmt: skip

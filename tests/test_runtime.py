@@ -137,3 +137,24 @@ print(status_of(signal.SIGTERM), StopSignals().received, status_of(signal.SIGINT
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["None True 130", "143 None 130"]
+
+
+@pytest.mark.parametrize("package, found, fits", [
+    ("mindspore", "2.6.0", False), ("mindspore", "2.7.0rc1", True), ("mindspore", "2.11.0", False), ("mindspore", "1.10.1", False),
+    ("numpy", "2.1.3", False), ("numpy", "1.24.4", False), ("numpy", "1.26.4", True),
+])  # fmt: skip
+def test_a_version_that_does_not_fit_ends_in_one_line(tmp_path, package, found, fits):
+    """The metadata of that version comes first on the path; nothing of it is imported where it does not fit."""
+    folder = tmp_path / f"{package}-{found}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {found}\n")
+    if fits:
+        program = "from ldm.runtime import require_versions; require_versions()"
+        assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}).returncode == 0
+        return
+    for command in (["text_to_image.py", "--ckpt_path=README.md"], ["scripts/convert_checkpoint.py", "README.md", str(tmp_path / "out")]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f": error: {package} {found} does not fit: {package} from " in done.stderr
