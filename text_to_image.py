@@ -38,7 +38,7 @@ def run(options: SampleOptions, config: ModelConfig, prompts: list[tuple[str, st
     runtime.start_device(options.device, options.mode)
     if options.compile_cache and options.mode == 0:
         runtime.enable_compile_cache("sample", options.n_samples, height, width, options.guidance_scale == 1, config)
-    output = Path(options.output_path).resolve()
+    output = Path(os.path.abspath(options.output_path))  # a link stays one
     samples = output / "samples"
     samples.mkdir(parents=True, exist_ok=True)
     model = build_model(config)
@@ -75,7 +75,9 @@ def run(options: SampleOptions, config: ModelConfig, prompts: list[tuple[str, st
 
 def grid_folder(output: Path) -> Path:
     """Beside the output folder, since programs that judge pictures take all that lie in it; within, where there is no place beside it."""
-    return output if os.path.ismount(output) or not os.access(output.parent, os.W_OK) else output.parent
+    at_work = Path.cwd().is_relative_to(output.resolve())  # beside the folder that one works in is nobody's place
+    has_no_side = at_work or os.path.ismount(output) or not os.access(output.parent, os.W_OK)
+    return output if has_no_side else output.parent
 
 
 def main(argv: list[str] | None = None) -> None:

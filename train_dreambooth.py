@@ -36,8 +36,10 @@ def read_options(argv: list[str] | None) -> tuple[TrainOptions, ModelConfig]:
     return options, config
 
 
-def take_output_folder(options: TrainOptions, config: ModelConfig) -> None:
-    """Lock the output folder and leave the effective configuration there. Raises ConfigError where another run has used it."""
+def take_output_folder(options: TrainOptions) -> None:
+    """Lock the output folder and log into it. Raises ConfigError where another run has used it."""
+    from ldm.recipe import results
+
     output = Path(options.output_path)
     output.mkdir(parents=True, exist_ok=True)
     runtime.lock_folder(output)
@@ -48,57 +50,6 @@ def take_output_folder(options: TrainOptions, config: ModelConfig) -> None:
             f"output_path {output}: holds {earlier[-1]} of an earlier run; give another folder, or --resume=latest to go on with it"
         )
     runtime.start_logging(options.log_level, output / "train.log")
-    effective = {"options": dataclasses.asdict(options), "model": dataclasses.asdict(config)}
-    runtime.write_text(output / "effective_config.json", json.dumps(effective, indent=2) + "\n")
-
-
-def results(output: Path) -> list[Path]:
-    """What a run has left in its output folder and another must not overwrite."""
-    found = [*output.glob("dreambooth_epoch_*"), *output.glob("states/step_*")]
-    return sorted(path.relative_to(output) for path in found if path.name != "step_00000000")  # which has no weights
-
-
-def find_state(options: TrainOptions, states):
-    """The state to go on from, or None for a start from the beginning. Raises ConfigError where none can be read, but results are there."""
-    from ldm.run_state import read_state
-
-    if options.resume is None:
-        return None
-    state = states.latest() if options.resume == "latest" else read_state(Path(options.resume))
-    if state is None:
-        output = Path(options.output_path)
-        if found := results(output):
-            raise ConfigError(
-                f"resume: output_path {output} holds {found[-1]}, but no state that can be read; give another folder to start anew, "
-                "there with --pretrained_model_path=FILE to train a checkpoint on"
-            )
-        logger.info("resume: no state there yet, starting from the beginning")
-    return state
-
-
-def origin_of(options: TrainOptions, config: ModelConfig, instance_paths: list[Path], ranks: Ranks) -> dict:
-    """What a training's result follows from, to be compared when it is resumed; but for the class pictures, which may yet be drawn."""
-    from ldm.run_state import fingerprint
-
-    return {
-        **options.training_facts(),
-        "instance pictures an update": options.samples_per_update * ranks.size,
-        "instance pictures": fingerprint(instance_paths),
-        "base model": fingerprint([options.checkpoint]),
-        "model configuration": json.loads(json.dumps(dataclasses.asdict(config))),
-    }
-
-
-def compare_origins(saved: dict, now: dict, allowed: bool) -> bool:
-    """Whether a resumed training is the one that was begun, as far as `now` tells. Raises ConfigError where not, unless that is allowed."""
-    changes = [f"{name} {saved.get(name)} -> {value}" for name, value in now.items() if saved.get(name) != value]
-    if changes and not allowed:
-        raise ConfigError(
-            f"resume: changed since the state was saved: {'; '.join(changes)}; --allow_changed_options=True goes on all the same"
-        )
-    for change in changes:
-        logger.warning("resume: changed: %s", change)
-    return not changes
 
 
 def prepare_class_images(options: TrainOptions, model, config: ModelConfig, ranks: Ranks) -> tuple[list[Path], bool]:
@@ -135,7 +86,7 @@ def moments_of(autoencoder, options: TrainOptions, config: ModelConfig, samples,
 
     if not options.cache_latents:
         return Encoding(autoencoder, samples)
-    count = total_updates(options, samples, ranks) * options.samples_per_update * ranks.size
+    count = total_updates(options, samples.samples_per_epoch, ranks) * options.samples_per_update * ranks.size
     cache = LatentCache(samples, config, encoder_digest(autoencoder, config), runtime.cache_folder() / "latents")
     found, missing = cache.load(count)
     ranks.wait()  # all have looked before one writes
@@ -159,46 +110,47 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
 
     from ldm import checkpoint, data
     from ldm.models.latent_diffusion import build_model
-    from ldm.run_state import States, fingerprint, space_needed
-    from ldm.trainer import TooManyOverflows, Trainer, bytes_on_disk, checkpoints_to_come, settle_recompute
+    from ldm.recipe import find_start, origin_of, write_record
+    from ldm.run_state import States, fingerprint
+    from ldm.trainer import TooManyOverflows, Trainer, settle_recompute, total_updates
 
     output = Path(options.output_path)
     states = States(output / "states", options.keep_checkpoints, options.save_state_minutes)
     if ranks.is_first:
-        take_output_folder(options, config)
+        take_output_folder(options)
         states.remove_litter()
         for folder in (output, Path(options.class_data_dir or output), runtime.cache_folder() / "latents"):
             runtime.remove_litter(folder)
     else:
         runtime.start_logging("WARNING", who=f"rank {ranks.rank} ")
     ranks.wait()
-    state = find_state(options, states)
-    ranks.require_equal([np.array(state.progress["global_step"] if state else 0)], "the states to go on from")
+    start = find_start(options, states)
+    where = np.array([start.global_step if start.state else -1, start.ended or -1, start.origin is None])
+    ranks.require_equal([where], "the states to continue from")
     instance_paths = data.load_instance_images(Path(options.instance_data_dir))
+    samples_per_epoch = len(instance_paths) * options.train_data_repeats
+    total_steps = total_updates(options, samples_per_epoch, ranks)
     origin = origin_of(options, config, instance_paths, ranks)
-    unchanged = not state or compare_origins(state.origin, origin, options.allow_changed_options)  # before class pictures are drawn for it
+    start.compare(origin, options.allow_changed_options)  # before class pictures are drawn for it
+    start.require_a_way_on(total_steps, output)
+    if start.is_done(total_steps) and not start.changes(origin):
+        logger.info("all %d updates are done already; --epochs says how many there are", total_steps)
+        return
     model = build_model(config)
     if ranks.is_first:
-        done = state.progress["global_step"] if state else 0
-        to_come = checkpoints_to_come(options, len(instance_paths) * options.train_data_repeats, ranks, done)
-        states_there = len(states.paths()) if done else 0
-        warn_of_a_full_disk(output, space_needed(options, *bytes_on_disk(model, options), to_come, states_there))
+        effective = {"options": dataclasses.asdict(options), "model": dataclasses.asdict(config)}
+        runtime.write_text(output / "effective_config.json", json.dumps(effective, indent=2) + "\n")
+        warn_of_a_full_disk(options, model, samples_per_epoch, ranks, start.global_step)
     checkpoint.load_weights(model, checkpoint.read_checkpoint(options.checkpoint), str(options.checkpoint))
     class_paths, sampled = prepare_class_images(options, model, config, ranks) if options.with_prior_preservation else ([], False)
     class_pictures = {"class pictures": fingerprint(class_paths)}
-    if state:
-        unchanged &= compare_origins(state.origin, class_pictures, options.allow_changed_options)
+    start.compare(class_pictures, options.allow_changed_options)
     origin |= class_pictures
 
     samples = data.DreamBoothData(
-        instance_paths,
-        class_paths,
-        options.train_data_repeats,
-        options.image_size,
-        options.random_crop,
-        options.seed,
+        instance_paths, class_paths, options.train_data_repeats, options.image_size, options.random_crop, options.seed,
         options.random_flip,
-    )
+    )  # fmt: skip
     options = settle_recompute(options, model, config)
     moments = moments_of(model.first_stage_model, options, config, samples, ranks)
     # Only now: the cache numbers the graphs in their order, and which ones sampling and encoding have compiled up to here depends
@@ -214,21 +166,19 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
         logger.info("memory is short: compiling, then starting again without what preparing and compiling leave in it")
         trainer.compile()
         runtime.start_again()
-    if state:
-        if state.arrays:
-            trainer.restore(state.arrays, state.progress, str(state.path))
-            logger.info("resumed from %s: %d of %d updates done", state.path, trainer.global_step, trainer.total_steps)
+    if start.state:
+        trainer.restore(start.state.arrays, start.state.progress, str(start.state.path))
+        logger.info("resumed from %s: %d of %d updates done", start.state.path, trainer.global_step, trainer.total_steps)
         epoch = trainer.epoch_to_save()
-        if epoch and ranks.is_first and not all(is_newer(path, state.path) for path in trainer.checkpoint_paths(output, epoch)):
+        if epoch and ranks.is_first and not all(is_newer(path, start.state.path) for path in trainer.checkpoint_paths(output, epoch)):
             trainer.save(output, epoch)  # the run was stopped between the state and this
-        # A run that ended may have left no state of its end, but its last checkpoint.
-        ended = unchanged and all(is_newer(path, state.path) for path in trainer.checkpoint_paths(output, options.epochs))
-        state = None  # closes its file
-        if ranks.any(ended or trainer.global_step >= trainer.total_steps):
-            logger.info("all %d updates are done already; --epochs says how many there are", trainer.total_steps)
-            return
-        if not trainer.global_step:
-            logger.warning("resume: no state was saved before that run was killed (--save_state_minutes): starting from the beginning")
+        start = None  # closes its file
+        ranks.wait()
+    if trainer.global_step >= trainer.total_steps:
+        logger.info("all %d updates are done already; --epochs says how many there are", trainer.total_steps)
+        return
+    if ranks.is_first:
+        write_record(output, origin)
     trainer.require_equal_weights()
     logger.info("training %.1fM values on %d pictures: %d updates", trainer.trained_values / 1e6, len(instance_paths), trainer.total_steps)
     tell_of_surprises(options, config)
@@ -241,6 +191,8 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
                     states.save(*trainer.state(), origin)
                 ranks.wait()  # the first that ends would end the others
             raise FloatingPointError(f"{error}{last_good(states)}") from None
+    if ranks.is_first:
+        write_record(output, origin, trainer.total_steps)
     path = trainer.checkpoint_paths(output, options.epochs)[-1]  # with EMA the averaged weights
     logger.info("done; draw with: python text_to_image.py --config %s --ckpt_path %s --prompt ...", options.model_config, path)
 
@@ -260,13 +212,19 @@ def is_newer(checkpoint: Path, state: Path) -> bool:
     return checkpoint.exists() and checkpoint.stat().st_mtime_ns >= (state / "manifest.json").stat().st_mtime_ns
 
 
-def warn_of_a_full_disk(output: Path, needed: int) -> None:
+def warn_of_a_full_disk(options: TrainOptions, model, samples_per_epoch: int, ranks: Ranks, global_step: int) -> None:
     """Say before hours are spent where the checkpoints and states to come will not fit."""
-    free = shutil.disk_usage(output).free
+    from ldm.run_state import States, own_weights, space_needed
+    from ldm.trainer import bytes_on_disk, checkpoints_to_come
+
+    output = Path(options.output_path)
+    there = (len(own_weights(output)), len(States(output / "states", 1).paths())) if global_step else (0, 0)
+    to_come = checkpoints_to_come(options, samples_per_epoch, ranks, global_step)
+    needed, free = space_needed(options, bytes_on_disk(model, options), to_come, *there), shutil.disk_usage(output).free
     if needed > free:
         logger.warning(
-            "%s: checkpoints and states to come need up to %.1f GB, %.1f GB are free: make room, or give --keep_weights=1, "
-            "--save_state_minutes=None (a state at a stop only) or a larger --ckpt_save_interval", output, needed / 1e9, free / 1e9,
+            "%s: checkpoints and states to come need up to %.1f GB, %.1f GB are free: make room, or give --keep_weights=1, or "
+            "--save_state_minutes=None (a state at a stop only)", output, needed / 1e9, free / 1e9,
         )  # fmt: skip
 
 
@@ -289,8 +247,6 @@ def train(trainer, states, origin: dict, signals: runtime.StopSignals) -> None:
     first = trainer.global_step + 1
     disable = None if ranks.is_first else True
     states.start_clock()
-    if ranks.is_first and not trainer.global_step:
-        states.begin(origin)
     with tqdm(total=trainer.total_steps, initial=trainer.global_step, desc="training", unit="step", disable=disable) as bar:
         for report in trainer.run():
             if report.global_step == first:

@@ -39,7 +39,7 @@ def read_checkpoint(path: Path) -> Mapping[str, np.ndarray]:
     wanted = recorded_digests(path.parent).get(path.name)
     if wanted and sha256_of(path) != wanted:
         raise ValueError(f"{path}: not what was written, its SHA-256 differs from the one in {DIGESTS}; it is damaged or was replaced")
-    published = re.search(r"-([0-9a-f]{8})\.ckpt$", path.name)
+    published = re.search(r"-(?!\d{8})([0-9a-f]{8})\.ckpt$", path.name)  # eight decimal digits are a date
     if published and not wanted and not (digest := sha256_of(path)).startswith(published[1]):
         logger.warning(
             "%s: its SHA-256 begins with %s, not with %s as its name says: damaged, changed, or another file; if in doubt, get it anew",
@@ -67,7 +67,7 @@ def load_weights(net: nn.Cell, weights: Mapping[str, np.ndarray], source: str) -
     try:
         fill(parameters, selected, source)
     except ValueError:
-        if kind := what_it_is(weights):
+        if kind := what_it_is(weights, parameters):
             raise ValueError(f"{source}: {kind}") from None
         raise
     logger.info("%s: %d parameters, %.1fM values", source, len(parameters), sum(p.size for p in parameters.values()) / 1e6)

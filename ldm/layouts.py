@@ -78,22 +78,23 @@ def _unused_kinds(wanted: set[str]) -> dict:
     }
 
 
-def what_it_is(weights: Mapping[str, np.ndarray]) -> str | None:
-    """What a file is that does not fit, and what to do; None where nothing is known of it."""
+def what_it_is(weights: Mapping[str, np.ndarray], wanted: Iterable[str]) -> str | None:
+    """What a file is that does not fit the model with the wanted parameters, and what to do; None where nothing is known of it."""
+    shapes = {name: weights[name].shape for name in (FIRST_CONV, POSITIONS) if name in weights}
     if any("lora_down" in name or "lora_up" in name or ".lora_A." in name or name.startswith("lora_") for name in weights):
         return "these are LoRA weights, a small addition to a base model, which this version cannot read yet; give a whole checkpoint"
-    if any(name.startswith(("adam_m.", "moment1.")) for name in weights):
-        return (
-            "this is the saved state of a training, not a whole model: continue that training with --resume, "
-            "or give one of its checkpoints (dreambooth_epoch_*.ckpt)"
-        )
     if any(".label_emb." in name for name in weights):
         return "this is an unCLIP model, which draws from pictures; a text-to-image model is wanted"
-    if FIRST_CONV in weights and (kind := BY_INPUT_CHANNELS.get(weights[FIRST_CONV].shape[1])):
+    if len(shapes.get(FIRST_CONV, ())) == 4 and (kind := BY_INPUT_CHANNELS.get(shapes[FIRST_CONV][1])):
         return f"this is {kind}; a text-to-image model is wanted"
-    if POSITIONS in weights and weights[POSITIONS].shape[-1] == 768:
+    if shapes.get(POSITIONS, ())[-1:] == (768,):
         return (
             "this is Stable Diffusion 1 (1.4, 1.5, or the Chinese wukong-huahua): its text encoder is 768 wide; "
             "this version reads Stable Diffusion 2 only"
+        )
+    if any(name.startswith(("adam_m.", "moment1.")) for name in weights) and not set(wanted) <= weights.keys():
+        return (
+            "this is the saved state of a training, not a whole model: continue that training with --resume, "
+            "or give one of its checkpoints (dreambooth_epoch_*.ckpt)"
         )
     return None

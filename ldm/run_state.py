@@ -3,7 +3,7 @@
 A state is a folder `step_<update>` with `state.ckpt` (trained weights, Adam's moments, with EMA the averages) and
 `manifest.json` (how far the run is, what it was made of, and the SHA-256 of the other file). A state appears whole or not
 at all: it is written under a hidden name, flushed to the disk, and renamed. States are saved between two updates, when no
-gradients are being accumulated. The state of update 0 says what the run is made of, and holds no weights: they are the base model's.
+gradients are being accumulated.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class State:
     """A state that was read and found whole.
 
     Attributes:
-        arrays: by parameter name; each is read when it is asked for. None at update 0.
+        arrays: by parameter name; each is read when it is asked for.
         progress: of Trainer.state.
         origin: what the run was made of: options, model configuration, fingerprints.
     """
@@ -54,8 +54,7 @@ def read_state(path: Path) -> State:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
         if sha256_of(path / "state.ckpt") != manifest["sha256"]:
             raise ValueError("state.ckpt is not what was written: its SHA-256 differs")
-        begins = manifest["progress"]["global_step"] == 0
-        return State(path, {} if begins else read_checkpoint(path / "state.ckpt"), manifest["progress"], manifest["origin"])
+        return State(path, read_checkpoint(path / "state.ckpt"), manifest["progress"], manifest["origin"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a whole state of a run ({error})") from None
 
@@ -96,10 +95,6 @@ class States:
                 logger.warning("passed over: %s", error)
         return None
 
-    def begin(self, origin: dict) -> None:
-        """Note what a run is made of, before its first update: killed before a state was saved, it can begin again and end the same."""
-        self.save({}, {"global_step": 0}, origin)
-
     def save(self, arrays: Mapping[str, ms.Tensor], progress: dict, origin: dict) -> Path:
         """Write a state, and remove those that are no longer kept.
 
@@ -139,38 +134,49 @@ def fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def remove_old_weights(folder: Path, epoch: int, keep: int) -> list[Path]:
-    """Remove the run's own checkpoints of epochs up to `epoch`, but for the `keep` newest; those that it has not recorded are not its own."""
-    recorded, epochs = recorded_digests(folder), {}
-    for name in recorded:
-        if (match := WEIGHTS.fullmatch(name)) and int(match[1]) <= epoch:
+def own_weights(folder: Path) -> dict[int, list[Path]]:
+    """Epoch to its checkpoints in a run's folder, of those that the run has recorded: others are not its own."""
+    epochs: dict[int, list[Path]] = {}
+    for name in recorded_digests(folder):
+        if match := WEIGHTS.fullmatch(name):
             epochs.setdefault(int(match[1]), []).append(folder / name)
-    old = [path for number in sorted(epochs)[:-keep] for path in epochs[number]]
+    return epochs
+
+
+def remove_old_weights(folder: Path, epoch: int, keep: int) -> list[Path]:
+    """Remove the run's own checkpoints of epochs up to `epoch`, but for the `keep` newest. Returns which those were."""
+    epochs = own_weights(folder)
+    old = [path for number in sorted(number for number in epochs if number <= epoch)[:-keep] for path in epochs[number]]
     for path in old:
         path.unlink(missing_ok=True)
     if old:
-        write_digests(folder, {name: digest for name, digest in recorded.items() if folder / name not in old})
+        write_digests(folder, {name: digest for name, digest in recorded_digests(folder).items() if folder / name not in old})
     return old
 
 
-def space_needed(options: TrainOptions, checkpoint_bytes: int, state_bytes: int, to_come: int, states_there: int = 0) -> int:
-    """The most bytes that a run takes beyond what is there, with a state before every checkpoint but the last, or a stop there.
+def space_needed(
+    options: TrainOptions, sizes: tuple[int, int, int], to_come: int, weights_there: int = 0, states_there: int = 0
+) -> int:  # fmt: skip
+    """The most bytes that a run takes beyond what is there, if it is not stopped, with a state before every checkpoint where they are saved.
 
-    Each file is written whole before an older one goes. A stop within the last epoch takes a checkpoint more.
+    Each file is written whole before an older one goes. A stop within the last epoch takes a state more.
 
     Args:
-        checkpoint_bytes, state_bytes: of the checkpoints of one epoch, of one state.
+        sizes: bytes of the checkpoints of one epoch, of one state, and of the frozen networks while no checkpoint holds them yet.
         to_come: epochs that still leave checkpoints.
-        states_there: states on the disk now.
+        weights_there, states_there: how many epochs' checkpoints, and states, are on the disk.
     """
-    weights, states, most = 0, states_there, 0
+    checkpoint, state, frozen = sizes
+    has_states = options.save_state_minutes is not None or options.save_every
+    has_one_at_the_end = options.save_state_minutes == 0 or options.save_every
+    weights, states, most = weights_there, states_there, 0
     for number in range(to_come):
-        if number < to_come - 1 or to_come == 1:
-            most = max(most, weights * checkpoint_bytes + (states + 1) * state_bytes)
-            states = min(states + 1, options.keep_checkpoints) if options.save_state_minutes is not None else states
-        most = max(most, (weights + 1) * checkpoint_bytes + states * state_bytes)
-        weights = min(weights + 1, options.keep_weights)
-    return most - states_there * state_bytes
+        if has_states and (number < to_come - 1 or has_one_at_the_end):
+            most = max(most, weights * checkpoint + (states + 1) * state + frozen)
+            states = min(states + 1, options.keep_checkpoints)
+        most = max(most, (weights + 1) * checkpoint + states * state + frozen)
+        weights, frozen = min(weights + 1, options.keep_weights), 0
+    return most - weights_there * checkpoint - states_there * state if to_come else 0
 
 
 class MetricsFile:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from ldm.ranks import ALONE, Ranks
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 from ldm.train_step import AccumulatedUpdate, TrainStep, Update
+from ldm.weight_files import WeightFile
 
 PROGRESS = ("global_step", "updates_applied")  # numbers of updates, of the trainer's state
 MAX_SKIPPED_IN_A_ROW = 50  # updates; a loss scale that halves 50 times has left float16's range long before
@@ -83,9 +85,9 @@ def settle_recompute(options: TrainOptions, model: LatentDiffusion, config: Mode
     return dataclasses.replace(options, recompute=short)
 
 
-def total_updates(options: TrainOptions, data: DreamBoothData, ranks: Ranks = ALONE) -> int:
+def total_updates(options: TrainOptions, samples_per_epoch: int, ranks: Ranks = ALONE) -> int:
     """The updates of a whole run; the last one is filled up with samples of one epoch more."""
-    return math.ceil(options.epochs * data.samples_per_epoch / (options.samples_per_update * ranks.size))
+    return math.ceil(options.epochs * samples_per_epoch / (options.samples_per_update * ranks.size))
 
 
 def checkpoints_to_come(options: TrainOptions, samples_per_epoch: int, ranks: Ranks = ALONE, global_step: int = 0) -> int:
@@ -95,11 +97,14 @@ def checkpoints_to_come(options: TrainOptions, samples_per_epoch: int, ranks: Ra
     return max(0, epochs // interval - done // interval + (epochs % interval > 0 and done < epochs))
 
 
-def bytes_on_disk(model: LatentDiffusion, options: TrainOptions) -> tuple[int, int]:
-    """Of the checkpoints of an epoch, and of a saved state: float32 weights, with EMA twice; trained ones, their moments and averages."""
+def bytes_on_disk(model: LatentDiffusion, options: TrainOptions) -> tuple[int, int, int]:
+    """Of the checkpoints of an epoch, of a saved state, and of the frozen networks that `release_frozen` puts there.
+
+    All is float32: the weights, with EMA twice; the trained ones, their moments and averages.
+    """
     trained = sum(p.size for network in trained_networks(model, options) for p in network.get_parameters())
     whole = sum(p.size for p in model.get_parameters())
-    return 4 * whole * (1 + options.use_ema), 4 * trained * (3 + options.use_ema)
+    return 4 * whole * (1 + options.use_ema), 4 * trained * (3 + options.use_ema), 4 * (whole - trained) * options.cache_latents
 
 
 class Trainer:
@@ -116,12 +121,13 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.model, self.config, self.options, self.data, self.moments, self.ranks = model, config, options, data, moments, ranks
         self.schedule = NoiseSchedule(config.noise_schedule)
-        self.released: dict[str, np.ndarray] = {}
+        self.names = [parameter.name for parameter in model.get_parameters()]  # in the order of a checkpoint
+        self.released: Mapping[str, np.ndarray] = {}
         self.global_step = 0
         self.skipped_in_a_row = 0
         self.updates_applied = 0  # without those that an overflow skipped: Adam's bias correction counts these
         self.samples_per_update = options.samples_per_update * ranks.size
-        self.total_steps = total_updates(options, data, ranks)
+        self.total_steps = total_updates(options, data.samples_per_epoch, ranks)
 
         trained = trained_networks(model, options)
         for parameter in model.get_parameters():
@@ -253,7 +259,7 @@ class Trainer:
     def release_frozen(self, folder: Path) -> None:
         """Move the frozen networks, which nothing needs any more, out of memory, into a nameless file in `folder`."""
         for name in ["first_stage_model"] + ([] if self.options.train_text_encoder else ["cond_stage_model"]):
-            self.released |= spill(getattr(self.model, name), folder)
+            self.released = {**self.released, **spill(getattr(self.model, name), folder)}
             delattr(self.model, name)
         runtime.release_memory()
 
@@ -295,8 +301,11 @@ class Trainer:
 
     def save(self, folder: Path, epoch: int) -> list[Path]:
         """Write the whole model's weights, and with EMA the averaged ones beside them."""
-        paths, weights = self.checkpoint_paths(folder, epoch), weights_of(self.model) | self.released
-        for path, values in zip(paths, [weights, weights | self.average.weights()] if self.average else [weights]):
-            save_weights(values, path, record=True)
+        paths, weights = self.checkpoint_paths(folder, epoch), [weights_of(self.model), self.released, dict.fromkeys(self.names)]
+        averages = self.average.weights() if self.average else {}
+        for path, trained in zip(paths, ({}, averages)):
+            save_weights(ChainMap(trained, *weights), path, record=True)  # one array of the frozen networks at a time
             logger.info("saved %s", path)
+        if self.released:
+            self.released = WeightFile(paths[0])  # which has them now: the nameless file goes. No other writes this one, and it stays open
         return paths

@@ -36,7 +36,7 @@ def convert(source: Path, target: Path, config_file: Path, half: bool) -> None:
     dtype = np.float16 if half else np.float32
     weights = {name: value.asnumpy().astype(dtype, copy=False) for name, value in checkpoint.weights_of(model).items()}
     if source.is_dir():
-        checkpoint.save_weights(weights, target)
+        checkpoint.save_weights(weights, target, record=True)
     else:
         convert.write_diffusers_folder(target, weights, config)
     print(f"{target}: {len(weights)} parameters")

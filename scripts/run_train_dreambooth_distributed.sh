@@ -75,9 +75,13 @@ case "${launcher:-msrun}" in
     export RANK_TABLE_FILE
     here=$((RANK_SIZE - ${RANKS_BEFORE:-0}))
     ((here <= ${DEVICES_PER_HOST:-8})) || here=${DEVICES_PER_HOST:-8}
+    if ((here < 1)); then
+      echo "RANKS_BEFORE=$RANKS_BEFORE leaves none of the RANK_SIZE=$RANK_SIZE ranks to this host" >&2
+      exit 2
+    fi
     read -ra device_numbers <<<"${devices:-$(seq -s ' ' 0 $((here - 1)))}"
     if ((${#device_numbers[@]} != here)); then
-      echo "devices=\"$devices\": ${#device_numbers[@]} devices for the $here ranks of this host (RANK_SIZE=$RANK_SIZE)" >&2
+      echo "devices=\"${devices:-}\": ${#device_numbers[@]} devices for the $here ranks of this host (RANK_SIZE=$RANK_SIZE)" >&2
       exit 2
     fi
     for ((place = 0; place < here; place++)); do

@@ -72,8 +72,8 @@ def test_training_leaves_what_it_promises(place, trained):
         "train.log",
         "checkpoints.sha256",
     }
-    assert {p.name for p in (place / "out").iterdir()} == names | {".lock", "states"}
-    assert [p.name for p in (place / "out/states").iterdir()] == ["step_00000000"]  # not stopped, and done in less than 15 minutes
+    # no state: it was not stopped, and done in less than 15 minutes
+    assert {p.name for p in (place / "out").iterdir()} == names | {".lock", "run.json"}
     assert sorted(p.name for p in place.iterdir()) == ["cache", "classes", "model.yaml", "models", "my dog", "out", "train.yaml"]
     effective = json.loads((place / "out/effective_config.json").read_text())
     assert effective["options"]["random_flip"] is False
@@ -162,6 +162,9 @@ def test_a_grid_stays_within_a_folder_that_has_no_place_beside_it(tmp_path, monk
     import text_to_image
 
     assert text_to_image.grid_folder(tmp_path / "out") == tmp_path
+    monkeypatch.chdir(tmp_path / "..")
+    for at_work in (tmp_path.parent, tmp_path.parent.parent):
+        assert text_to_image.grid_folder(at_work) == at_work
     monkeypatch.setattr(text_to_image.os.path, "ismount", lambda path: path == tmp_path)  # of a container
     assert text_to_image.grid_folder(tmp_path) == tmp_path
 

@@ -125,6 +125,19 @@ def test_a_parameter_that_is_missing_is_not_found_under_a_training_steps_name():
         load_weights(build_model(SHALLOW), weights, "file.ckpt")
 
 
+def test_what_is_wrong_with_a_whole_training_step_is_said_not_what_it_is():
+    weights = whole_step(weights_as_arrays(random_model(SHALLOW)))
+    name = "first_stage_model.encoder.norm_out.gamma"
+    with pytest.raises(ValueError, match=f"with NaN or Inf: 1 .{name}"):
+        load_weights(build_model(SHALLOW), weights | {name: np.full_like(weights[name], np.nan)}, "train_resume.ckpt")
+    flat = {
+        "model.diffusion_model.input_blocks.0.0.conv.weight": np.ones(3),
+        "cond_stage_model.transformer.positional_embedding": np.ones(()),
+    }
+    with pytest.raises(ValueError, match="of another shape: 2"):
+        load_weights(build_model(SHALLOW), weights | flat, "flat.ckpt")
+
+
 FIRST = "model.diffusion_model.input_blocks.0.0.conv.weight"
 FOREIGN = {
     "LoRA of mindone": ({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_down.weight": np.ones((4, 320)),
@@ -153,7 +166,8 @@ def test_a_published_files_name_is_compared_with_its_digest(tmp_path, caplog):
     save_weights(weights, tmp_path / "plain.ckpt")
     content = (tmp_path / "plain.ckpt").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    for name, warned in ((f"sd_v2_base-{digest[:8]}.ckpt", False), ("sd_v2_base-57526ee4.ckpt", True), ("my-model.ckpt", False)):
+    names = {f"sd_v2_base-{digest[:8]}.ckpt": False, "sd_v2_base-57526ee4.ckpt": True, "my-model.ckpt": False, "dog-20230915.ckpt": False}
+    for name, warned in names.items():
         (tmp_path / name).write_bytes(content)
         caplog.clear()
         assert read_checkpoint(tmp_path / name).keys() == weights.keys()

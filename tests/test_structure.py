@@ -14,7 +14,7 @@ ROWS = [
     {"models.unet"},
     {"models.latent_diffusion", "data", "optim", "convert", "checkpoint"},
     {"loss", "latent_cache", "run_state"},
-    {"pipeline", "train_step"},
+    {"pipeline", "train_step", "recipe"},
     {"trainer"},
 ]
 

@@ -132,7 +132,11 @@ def test_without_class_pictures_the_loss_is_the_instance_term(tmp_path):
     assert all(report.loss == report.instance_loss and report.class_loss == 0 for report in reports)
     assert np.allclose([report.learning_rate for report in reports], np.array([1, 2, 3, 3]) / 3 * 1e-4)
     trained, all_values = (sum(p.size for p in parameters) for parameters in (trainer.parameters, model.get_parameters()))
-    assert bytes_on_disk(model, options) == (2 * 4 * all_values, 4 * 4 * trained)  # averages too; weights, two moments, averages
+    assert bytes_on_disk(model, options) == (
+        2 * 4 * all_values,
+        4 * 4 * trained,
+        4 * (all_values - trained),
+    )  # averages too; weights, two moments, averages
     assert sum(p.nbytes for p in trainer.state()[0].values()) == 4 * 4 * trained
     paths = trainer.save(tmp_path / "out", 1)
     assert all(0 <= path.stat().st_size - 4 * all_values < 0.05 * 4 * all_values for path in paths)
