@@ -194,6 +194,10 @@ def test_only_the_newest_checkpoints_stay(place):  # noqa: F811
     assert sorted(path.name for path in (place / "kept").glob("*.ckpt")) == ["dreambooth_epoch_3.ckpt", "dreambooth_epoch_4.ckpt"]
     assert "removed kept/dreambooth_epoch_2.ckpt (--keep_weights)" in done.stderr
     assert [path.name for path in (place / "kept/states").iterdir()] == ["step_00000010"]
+    # the frozen VAE is taken from the checkpoint before, which is removed by now
+    base, last = read_checkpoint(place / "models/base.ckpt"), read_checkpoint(place / "kept/dreambooth_epoch_4.ckpt")
+    assert list(base) == list(last)
+    assert all(np.array_equal(base[name], last[name]) for name in base if name.startswith("first_stage_model."))
     assert "warming up over the first 2 updates (the 2023 example ignored warmup_steps" in done.stderr
     check = subprocess.run(["sha256sum", "--check", "checkpoints.sha256"], cwd=place / "kept", capture_output=True, text=True)
     assert check.returncode == 0 and check.stdout.count(": OK") == 2
