@@ -37,7 +37,7 @@ def train(tmp_path, caches: bool):
     moments = Encoding(model.first_stage_model, data)
     if caches:
         moments = LatentCache(data, SHALLOW, encoder_digest(model.first_stage_model, SHALLOW), tmp_path / "latents")
-        moments.load(total_updates(OPTIONS, data) * OPTIONS.samples_per_update)
+        moments.load(total_updates(OPTIONS, data.samples_per_epoch) * OPTIONS.samples_per_update)
         list(moments.encode(model.first_stage_model, 2 * OPTIONS.train_batch_size))
     trainer = Trainer(model, SHALLOW, OPTIONS, data, moments)
     output = tmp_path / ("cached" if caches else "plain")

@@ -229,12 +229,13 @@ def launch(tmp_path):
 def test_the_launch_script_ends_as_its_processes_do(launch, tmp_path, launcher):
     assert launch(launcher, 0).wait(60) == 0 and len(list(tmp_path.glob("started *"))) == 2
     assert launch(launcher, 100, FAILS="1").wait(60) == 3
-    for path in tmp_path.glob("started *"):
-        path.unlink()
     if launcher == "rank_table":
         assert launch(launcher, 0, devices="4 6").wait(60) == 0
         assert [(tmp_path / f"started {rank}").read_text() for rank in (0, 1)] == ["4", "6"]
-        assert launch(launcher, 0, devices="4 5 6").wait(60) == 2
+        for wrong in ({"devices": "4 5 6"}, {"RANKS_BEFORE": "2"}):
+            assert launch(launcher, 0, **wrong).wait(60) == 2
+    for path in tmp_path.glob("started *"):
+        path.unlink()
     process = launch(launcher, 100)
     wait_for(lambda: len(list(tmp_path.glob("started *"))) == 2, 60)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C at a terminal does
