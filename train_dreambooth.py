@@ -111,8 +111,8 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
     from ldm import checkpoint, data
     from ldm.models.latent_diffusion import build_model
     from ldm.recipe import find_start, origin_of, write_record
-    from ldm.run_state import States, fingerprint
-    from ldm.trainer import TooManyOverflows, Trainer, settle_recompute, total_updates
+    from ldm.run_state import States, fingerprint, own_weights, space_needed
+    from ldm.trainer import TooManyOverflows, Trainer, bytes_on_disk, checkpoints_to_come, settle_recompute, total_updates
 
     output = Path(options.output_path)
     states = States(output / "states", options.keep_checkpoints, options.save_state_minutes)
@@ -140,7 +140,9 @@ def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, s
     if ranks.is_first:
         effective = {"options": dataclasses.asdict(options), "model": dataclasses.asdict(config)}
         runtime.write_text(output / "effective_config.json", json.dumps(effective, indent=2) + "\n")
-        warn_of_a_full_disk(options, model, samples_per_epoch, ranks, start.global_step)
+        to_come = checkpoints_to_come(options, samples_per_epoch, ranks, start.global_step)
+        there = (len(own_weights(output)), len(states.paths())) if start.state else (0, 0)
+        warn_of_a_full_disk(output, space_needed(options, bytes_on_disk(model, options), to_come, *there))
     checkpoint.load_weights(model, checkpoint.read_checkpoint(options.checkpoint), str(options.checkpoint))
     class_paths, sampled = prepare_class_images(options, model, config, ranks) if options.with_prior_preservation else ([], False)
     class_pictures = {"class pictures": fingerprint(class_paths)}
@@ -212,15 +214,9 @@ def is_newer(checkpoint: Path, state: Path) -> bool:
     return checkpoint.exists() and checkpoint.stat().st_mtime_ns >= (state / "manifest.json").stat().st_mtime_ns
 
 
-def warn_of_a_full_disk(options: TrainOptions, model, samples_per_epoch: int, ranks: Ranks, global_step: int) -> None:
+def warn_of_a_full_disk(output: Path, needed: int) -> None:
     """Say before hours are spent where the checkpoints and states to come will not fit."""
-    from ldm.run_state import States, own_weights, space_needed
-    from ldm.trainer import bytes_on_disk, checkpoints_to_come
-
-    output = Path(options.output_path)
-    there = (len(own_weights(output)), len(States(output / "states", 1).paths())) if global_step else (0, 0)
-    to_come = checkpoints_to_come(options, samples_per_epoch, ranks, global_step)
-    needed, free = space_needed(options, bytes_on_disk(model, options), to_come, *there), shutil.disk_usage(output).free
+    free = shutil.disk_usage(output).free
     if needed > free:
         logger.warning(
             "%s: checkpoints and states to come need up to %.1f GB, %.1f GB are free: make room, or give --keep_weights=1, or "

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-TEXT_LAYER = re.compile(r"cond_stage_model\.transformer\.transformer_layer\.resblocks\.(\d+)\.")
+TEXT_LAYERS = "cond_stage_model.transformer.transformer_layer.resblocks."
+TEXT_LAYER = re.compile(re.escape(TEXT_LAYERS) + r"(\d+)\.")
 VAE_LEVEL = re.compile(r"first_stage_model\.encoder\.down\.(\d+)\.")
 # mindone's and MindSpore's training steps, saved whole: optimizer moments, averages, accumulated gradients; counters and scalars.
 STEP_PREFIXES = ("adam_m.", "adam_v.", "moment1.", "moment2.", "ema.", "swap.", "grad_accumulated_", "zeros_")
@@ -65,7 +66,7 @@ def _unused_kinds(wanted: set[str]) -> dict:
     """What an entry is -> whether a name is of it, for the model with these parameters."""
     layer, level = _last(TEXT_LAYER, wanted) + 1, _last(VAE_LEVEL, wanted)
     # Stable Diffusion 2 reads the last but one layer of its text encoder: the file may have one more, a second one would be another model.
-    behind = f"cond_stage_model.transformer.transformer_layer.resblocks.{layer}."
+    behind = f"{TEXT_LAYERS}{layer}."
     resampling = tuple(
         f"first_stage_model.{part}.conv.{kind}"
         for part in (f"encoder.down.{level}.downsample", "decoder.up.0.upsample")

@@ -5,6 +5,9 @@ Nothing that such a file names is imported. Must not import mindspore.
 
 from collections.abc import Mapping
 
+SAME_IN_UNET = (
+    "in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "context_dim",
+)  # fmt: skip
 UNET, VAE = "UNetModel", "AutoencoderKL"
 TEXT = ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "FrozenCLIPEmbedder_ZH")  # the last, with a width of 1024, is SD2's in early files
 PREDICTIONS = {
@@ -48,10 +51,8 @@ def from_mindone(given: Mapping) -> dict:
             "image_size": params["image_size"] * 2 ** (len(sizes["ch_mult"]) - 1),  # there of the latents
             "use_fp16": bool(params.get("use_fp16", unet.get("use_fp16", False))),
             "unet": {
-                **{key: unet[key] for key in ("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks")},
-                "attention_resolutions": unet["attention_resolutions"],
+                **{key: unet[key] for key in SAME_IN_UNET},
                 "head_channels": unet["num_head_channels"],
-                "context_dim": unet["context_dim"],
                 "dropout": unet.get("dropout", 0.0),
             },
             "autoencoder": {

@@ -69,7 +69,7 @@ class States:
 
     def __init__(self, folder: Path, keep: int, minutes: float | None = 0) -> None:
         self.folder, self.keep, self.minutes = folder, keep, minutes
-        self._last = time.monotonic()
+        self.start_clock()
 
     def start_clock(self) -> None:
         """Training starts: the first state is due `minutes` from now."""
