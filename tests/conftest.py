@@ -14,9 +14,11 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
+from ldm.checkpoint import save_weights, weights_of  # noqa: E402
 from ldm.config import (  # noqa: E402
     AutoencoderConfig,
     ModelConfig,
@@ -108,6 +110,17 @@ def write_pictures(folder: Path, count: int, seed: int = 0, size: tuple[int, int
 def cache_folder(tmp_path_factory) -> None:
     """Nothing that a test runs writes into the user's own cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A user's folder: a model, its configuration, an options file and five pictures."""
+    folder = tmp_path_factory.mktemp("user")
+    OmegaConf.save(dataclasses.asdict(SHALLOW), folder / "model.yaml")
+    save_weights(weights_of(random_model(SHALLOW)), folder / "models/base.ckpt")
+    write_pictures(folder / "my dog", 5)
+    (folder / "train.yaml").write_text("sampling_steps: 2\nsample_batch_size: 2\nimage_size: 32\ntrain_data_repeats: 1\n")
+    return folder
 
 
 @pytest.fixture(params=[SHALLOW, DEEP], ids=["shallow", "deep"])

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import SHALLOW, in_half, random_model  # noqa: I001
 import numpy as np
 from mindspore import Tensor
-from test_trainer import OPTIONS, make_data
+from trainings import OPTIONS, make_data
 
 from ldm.latent_cache import Encoding
 from ldm.ranks import join

@@ -1,53 +1,14 @@
 """The commands as a user runs them, on a small random model."""
 
-import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHALLOW, random_model, weights_as_arrays, write_pictures
-from omegaconf import OmegaConf
+from commands import run, train
+from conftest import ROOT, SHALLOW, random_model, weights_as_arrays
 from PIL import Image
 
-from ldm.checkpoint import read_checkpoint, save_weights, weights_of
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a model, its configuration and five pictures."""
-    folder = tmp_path_factory.mktemp("user")
-    OmegaConf.save(dataclasses.asdict(SHALLOW), folder / "model.yaml")
-    save_weights(weights_of(random_model(SHALLOW)), folder / "models/base.ckpt")
-    write_pictures(folder / "my dog", 5)
-    (folder / "train.yaml").write_text("sampling_steps: 2\nsample_batch_size: 2\nimage_size: 32\ntrain_data_repeats: 1\n")
-    return folder
-
-
-def environment(place):
-    clean = {name: value for name, value in os.environ.items() if name != "MS_COMPILER_CACHE_PATH"}
-    return clean | {"XDG_CACHE_HOME": str(place / "cache")}
-
-
-def run(place, *arguments, status=0, script=ROOT / "train_dreambooth.py", **variables):
-    command = [sys.executable, str(script), *arguments]
-    done = subprocess.run(command, cwd=place, env=environment(place) | variables, capture_output=True, text=True, timeout=400)
-    assert done.returncode == status, done.stderr[-3000:]
-    return done
-
-
-def train_arguments() -> list[str]:
-    return [
-        "--train_config=train.yaml", "--model_config=model.yaml", "--pretrained_model_file=base.ckpt", "--epochs=2",
-        "--instance_data_dir=my dog", "--instance_prompt=a sks dog", "--class_data_dir=classes/dog", "--class_prompt=a dog",
-        "--num_class_images=3", "--train_batch_size=2", "--start_learning_rate=1e-4",
-    ]  # fmt: skip
-
-
-def train(place, *extra, status=0):
-    return run(place, *train_arguments(), *extra, status=status)
+from ldm.checkpoint import read_checkpoint, save_weights
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ import time
 
 import numpy as np
 import pytest
+from commands import environment, run, train_arguments, updates_done, wait_for
 from conftest import ROOT
-from test_commands import environment, place, run, train_arguments  # noqa: F401
-from test_stopping import steps_done, wait_for
 
 from ldm import runtime
 from ldm.checkpoint import read_checkpoint
@@ -45,13 +44,13 @@ def launcher(name: str, logs) -> list[str]:
     ]  # fmt: skip
 
 
-def command(place, name: str, folder: str, *extra) -> tuple[list[str], dict]:  # noqa: F811
+def command(place, name: str, folder: str, *extra) -> tuple[list[str], dict]:
     script = [str(ROOT / "train_dreambooth.py"), *train_arguments(), *STEPS, f"--output_path={folder}", *extra]
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     return [*launcher(name, place / f"{folder}-logs"), *script], environment(place) | {"PATH": path, "MS_NODE_TIMEOUT": "10"}
 
 
-def train_with_two(place, name: str, folder: str, *extra, status=0) -> str:  # noqa: F811
+def train_with_two(place, name: str, folder: str, *extra, status=0) -> str:
     words, variables = command(place, name, folder, "--use_parallel=True", "--train_batch_size=2", *extra)
     done = subprocess.run(words, cwd=place, env=variables, capture_output=True, text=True, timeout=600)
     logs = "".join(path.read_text() for path in sorted((place / f"{folder}-logs").glob("worker*.log")))
@@ -67,7 +66,7 @@ def rows(folder, name):
     return np.array([json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()])
 
 
-def assert_same_training(place, one, two):  # noqa: F811
+def assert_same_training(place, one, two):
     """Losses within 1e-5, the change of the weights within 1e-3 in relative L2: sums over a batch in another order, nothing more."""
     assert np.allclose(rows(one, "loss"), rows(two, "loss"), rtol=1e-5, atol=0)
     assert np.allclose(rows(one, "gradient_norm"), rows(two, "gradient_norm"), rtol=1e-4)
@@ -82,14 +81,14 @@ def assert_same_training(place, one, two):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def one(place):  # noqa: F811
+def one(place):
     """One process with the global batch."""
     run(place, *train_arguments(), *STEPS, "--train_batch_size=4", "--output_path=one")
     return place / "one"
 
 
 @pytest.fixture(scope="module")
-def two(place, one):  # noqa: F811
+def two(place, one):
     """Two processes under mpirun, from the class pictures on: what they said, and the class pictures of `one`."""
     drawn = files(place / "classes/dog")
     shutil.move(place / "classes", place / "classes of one")
@@ -97,7 +96,7 @@ def two(place, one):  # noqa: F811
     return train_with_two(place, "mpirun", "two"), drawn
 
 
-def test_two_under_mpirun_train_as_one(place, one, two):  # noqa: F811
+def test_two_under_mpirun_train_as_one(place, one, two):
     """From class pictures to weights. That both ranks' weights are the same bit by bit is checked at every checkpoint."""
     said, drawn = two
     assert sorted(drawn) == [f"class_{n:05d}.png" for n in range(7)] and files(place / "classes/dog") == drawn
@@ -105,12 +104,12 @@ def test_two_under_mpirun_train_as_one(place, one, two):  # noqa: F811
     assert said.count("saved two/dreambooth_epoch_1.ckpt") == 1 and "rank 1 INFO" not in said
 
 
-def test_two_under_msrun_survive_a_kill(place, one, two):  # noqa: F811
+def test_two_under_msrun_survive_a_kill(place, one, two):
     """SIGKILL of rank 1 in the middle: all end within 60 s. Resumed by two, the run ends with the bits of the one under mpirun that was
     never stopped; resumed by one process with the same global batch, as near as a run of one process is."""
     words, variables = command(place, "msrun", "killed", "--use_parallel=True", "--train_batch_size=2")
     process = subprocess.Popen(words, cwd=place, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: steps_done(place / "killed") >= 5, 400)
+    wait_for(lambda: updates_done(place / "killed") >= 5, 400)
     start = time.monotonic()
     os.kill(processes_of("killed")[1], signal.SIGKILL)
     process.communicate(timeout=60)
@@ -127,7 +126,7 @@ def test_two_under_msrun_survive_a_kill(place, one, two):  # noqa: F811
     assert_same_training(place, one, place / "by one")
 
 
-def test_an_error_of_one_rank_ends_all_with_a_line_that_names_it(place, one):  # noqa: F811
+def test_an_error_of_one_rank_ends_all_with_a_line_that_names_it(place, one):
     said = train_with_two(place, "mpirun", "failed", f"--instance_data_dir={place / 'one'}", status=2)
     assert (
         "train_dreambooth.py: rank 0: error: instance_data_dir" in said or "train_dreambooth.py: rank 1: error: instance_data_dir" in said
@@ -154,7 +153,7 @@ def test_a_share_is_nobody_elses(size):
 LAUNCHED = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
 
 
-def test_option_and_launch_must_fit(monkeypatch, place):  # noqa: F811
+def test_option_and_launch_must_fit(monkeypatch, place):
     for name in ("MS_ROLE", "MS_WORKER_NUM", *LAUNCHED, "RANK_TABLE_FILE", "RANK_ID", "RANK_SIZE"):
         monkeypatch.delenv(name, raising=False)
     check_launch(False)

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import SHALLOW
-from test_trainer import OPTIONS, make_data
+from trainings import OPTIONS, make_data
 
 from ldm.ranks import ALONE
 from ldm.recipe import RECORD, Start, find_start, origin_of, read_record, write_record

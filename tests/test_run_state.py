@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from conftest import ROOT, SHALLOW, in_half, random_model, weights_as_arrays
-from test_trainer import OPTIONS, make_data, make_trainer
+from trainings import OPTIONS, make_data, make_trainer
 
 from ldm import run_state
 from ldm.checkpoint import record_digest, recorded_digests

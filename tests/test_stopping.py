@@ -5,48 +5,27 @@ import os
 import resource
 import signal
 import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_commands import environment, place, run, train, train_arguments  # noqa: F401
+from commands import run, start, train, train_arguments, updates_done, wait_for
 
 from ldm.checkpoint import read_checkpoint
 from ldm.ranks import ALONE
 
-
-def start(place, *extra, **options):  # noqa: F811
-    arguments = [sys.executable, str(ROOT / "train_dreambooth.py"), *train_arguments(), *extra]
-    return subprocess.Popen(arguments, cwd=place, env=environment(place), stderr=subprocess.PIPE, text=True, **options)
-
-
-def wait_for(condition, seconds=200):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
-def steps_done(folder) -> int:
-    file = folder / "metrics.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
-
-
 LONG = ("--epochs=1000", "--ckpt_save_interval=1000", "--gradient_accumulation_steps=2", "--use_ema=True", "--train_batch_size=1")
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):  # noqa: F811
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):
     """SIGTERM: the step in hand ends, the state is saved; a second run is refused meanwhile; another option is refused afterwards."""
     folder = place / "stopped"
     process = start(place, "--output_path=stopped", *LONG)
-    wait_for(lambda: steps_done(folder) >= 2)
+    wait_for(lambda: updates_done(folder) >= 2)
     assert "stopped: another run is writing into it" in train(place, "--output_path=stopped", "--resume=latest", status=2).stderr
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 143
-    done = steps_done(folder)
+    done = updates_done(folder)
     assert f"states/step_{done:08d}" in errors and errors.splitlines()[-1].startswith("stopped; go on with: python ")
     assert errors.splitlines()[-1].endswith(" --resume=latest")
     assert [path.name for path in (folder / "states").iterdir()] == [f"step_{done:08d}"] and not list(folder.glob("*.ckpt"))
@@ -76,11 +55,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):  # noqa: F811
     assert check.returncode == 0 and check.stdout.count(": OK") == 2
 
 
-def test_ctrl_c_before_training_and_during_it(place):  # noqa: F811
+def test_ctrl_c_before_training_and_during_it(place):
     """Before, no step is in hand: it stops at once. During training the step ends and the state is saved."""
     for folder, moment in (
         (place / "early", (place / "early/train.log").exists),
-        (place / "late", lambda: steps_done(place / "late") >= 2),
+        (place / "late", lambda: updates_done(place / "late") >= 2),
     ):
         process = start(place, f"--output_path={folder.name}", *LONG)
         wait_for(moment)
@@ -88,14 +67,14 @@ def test_ctrl_c_before_training_and_during_it(place):  # noqa: F811
         errors = process.communicate(timeout=60)[1]
         assert process.returncode == 130 and "Traceback" not in errors and "stopped; go on with: python " in errors
     assert not list((place / "early").glob("states/*")) and not list((place / "early").glob("*.ckpt"))
-    assert [path.name for path in (place / "late/states").iterdir()] == [f"step_{steps_done(place / 'late'):08d}"]
+    assert [path.name for path in (place / "late/states").iterdir()] == [f"step_{updates_done(place / 'late'):08d}"]
 
 
 def files_below(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def test_a_file_that_cannot_be_written_leaves_the_last_good_state(place):  # noqa: F811
+def test_a_file_that_cannot_be_written_leaves_the_last_good_state(place):
     """The file-size limit stands for a full disk: it fails in the middle of a write."""
     folder = place / "full"
     steps = ("--output_path=full", "--epochs=2", "--save_every=1")
@@ -112,7 +91,7 @@ def test_a_file_that_cannot_be_written_leaves_the_last_good_state(place):  # noq
     assert (folder / "dreambooth_epoch_2.ckpt").exists()
 
 
-def test_a_loss_that_is_not_finite_ends_with_what_to_try(place):  # noqa: F811
+def test_a_loss_that_is_not_finite_ends_with_what_to_try(place):
     """Its weights are never saved."""
     done = train(place, "--output_path=lost", "--start_learning_rate=1e30", "--epochs=20", "--save_every=1", status=2)
     last = done.stderr.splitlines()[-1]
@@ -121,17 +100,17 @@ def test_a_loss_that_is_not_finite_ends_with_what_to_try(place):  # noqa: F811
         assert all(np.isfinite(values).all() for values in read_checkpoint(path).values())
 
 
-def test_a_folder_that_vanishes_is_one_line(place):  # noqa: F811
+def test_a_folder_that_vanishes_is_one_line(place):
     folder = place / "vanishing"
     process = start(place, "--output_path=vanishing", "--epochs=1000", "--ckpt_save_interval=1000", "--save_every=40")
-    wait_for(lambda: steps_done(folder) >= 1)
+    wait_for(lambda: updates_done(folder) >= 1)
     os.rename(folder, place / "elsewhere")
     (place / "vanishing").write_text("a file in its place")
     errors = process.communicate(timeout=100)[1].splitlines()
     assert process.returncode == 2 and errors[-1].startswith("train_dreambooth.py: error: ") and "Traceback" not in "\n".join(errors)
 
 
-def test_the_smallest_training(place):  # noqa: F811
+def test_the_smallest_training(place):
     """One picture, one update, a batch larger than the data set, pictures of another size, a prompt of 1,000 words."""
     one = place / "one picture"
     one.mkdir()
@@ -143,7 +122,7 @@ def test_the_smallest_training(place):  # noqa: F811
     assert "step 1/1 epoch 1" in done.stderr and "the prompt has" in done.stderr and (place / "smallest/dreambooth_epoch_1.ckpt").exists()
 
 
-def test_folders_that_cannot_be_written_to(place):  # noqa: F811
+def test_folders_that_cannot_be_written_to(place):
     """/sys refuses new folders to the superuser, too. Caches that cannot be written cost time, nothing else."""
     for option in ("output_path", "class_data_dir"):
         errors = train(place, "--output_path=read only", f"--{option}=/sys/dreambooth", status=2).stderr.splitlines()
@@ -154,7 +133,7 @@ def test_folders_that_cannot_be_written_to(place):  # noqa: F811
     assert "latents are not kept" in done.stderr and "compile cache not used" in done.stderr
 
 
-def test_larger_pictures(place):  # noqa: F811
+def test_larger_pictures(place):
     """Of 128 pixels; `test_the_smallest_training` has 64, larger ones are tried by hand (docs/reliability.md)."""
     large = ("--image_size=128", "--with_prior_preservation=False", "--train_batch_size=1", "--epochs=1", "--use_ema=False")
     one = place / "one larger"
@@ -165,7 +144,7 @@ def test_larger_pictures(place):  # noqa: F811
     assert "step 1/1 epoch 1" in done.stderr and (place / "larger/dreambooth_epoch_1.ckpt").exists()
 
 
-def test_disk_space_that_is_not_there_is_said_before_class_pictures_are_drawn(place, monkeypatch, caplog, tmp_path):  # noqa: F811
+def test_disk_space_that_is_not_there_is_said_before_class_pictures_are_drawn(place, monkeypatch, caplog, tmp_path):
     import types
 
     import train_dreambooth
@@ -188,7 +167,7 @@ def test_disk_space_that_is_not_there_is_said_before_class_pictures_are_drawn(pl
         assert ("checkpoints and states to come need up to 0.1 GB, 0.0 GB are free" in caplog.text) == warned
 
 
-def test_only_the_newest_checkpoints_stay(place):  # noqa: F811
+def test_only_the_newest_checkpoints_stay(place):
     """And a state at every checkpoint, of which one stays."""
     done = train(place, "--output_path=kept", "--epochs=4", "--keep_weights=2", "--save_state_minutes=0", "--warmup_steps=2")
     assert sorted(path.name for path in (place / "kept").glob("*.ckpt")) == ["dreambooth_epoch_3.ckpt", "dreambooth_epoch_4.ckpt"]
@@ -203,7 +182,7 @@ def test_only_the_newest_checkpoints_stay(place):  # noqa: F811
     assert check.returncode == 0 and check.stdout.count(": OK") == 2
 
 
-def test_a_run_that_was_killed_before_its_first_state_begins_again(place):  # noqa: F811
+def test_a_run_that_was_killed_before_its_first_state_begins_again(place):
     """And one that ended without a state is done; both by what its options, pictures and base model were."""
     steps = ("--output_path=killed", "--epochs=40", "--resume=latest")
     process = start(place, *steps)

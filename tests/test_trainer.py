@@ -6,35 +6,17 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from conftest import SHALLOW, in_half, random_model, torch_networks, weights_as_arrays, write_pictures
+from conftest import SHALLOW, in_half, random_model, torch_networks, weights_as_arrays
+from trainings import OPTIONS, make_data, make_trainer
 
 from ldm import trainer as trainer_module
 from ldm.checkpoint import read_checkpoint
 from ldm.convert import diffusers_names
-from ldm.data import DreamBoothData
-from ldm.latent_cache import Encoding
-from ldm.options import TrainOptions
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
-from ldm.trainer import Trainer, bytes_on_disk
+from ldm.trainer import bytes_on_disk
 
 STEPS = 20
-OPTIONS = TrainOptions(
-    instance_prompt="a photo of sks dog", class_prompt="a photo of a dog", train_batch_size=2, image_size=32, epochs=1,
-    train_data_repeats=20, start_learning_rate=1e-4, prior_loss_weight=0.7, random_crop=True,
-)  # fmt: skip
-
-
-def make_data(folder, options, with_class=True) -> DreamBoothData:
-    instance = write_pictures(folder / "instance", 4, seed=1)
-    classes = write_pictures(folder / "class", 7, seed=2) if with_class else []
-    return DreamBoothData(
-        instance, classes, options.train_data_repeats, options.image_size, options.random_crop, options.seed, options.random_flip
-    )
-
-
-def make_trainer(model, config, options, data) -> Trainer:
-    return Trainer(model, config, options, data, Encoding(model.first_stage_model, data))
 
 
 def torch_training(weights, config, options, data, steps):
