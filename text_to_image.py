@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ldm import images, runtime
+from ldm import device as runtime
+from ldm import images
 from ldm.config import ConfigError, ModelConfig, fail, read_model_config
 from ldm.options import SampleOptions, parse_options
 
@@ -31,8 +32,9 @@ def read_prompts(options: SampleOptions) -> list[tuple[str, str]]:
 
 def run(options: SampleOptions, config: ModelConfig, prompts: list[tuple[str, str]]) -> None:
     # Only now: importing mindspore takes seconds, which a typing error need not wait for.
-    from ldm import checkpoint, pipeline
-    from ldm.models.latent_diffusion import build_model
+    from ldm.networks.latent_diffusion import build_model
+    from ldm.sampling import text_to_image as pipeline
+    from ldm.weights import checkpoint
 
     height, width = options.H or config.image_size, options.W or config.image_size
     runtime.start_device(options.device, options.mode)

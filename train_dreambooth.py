@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from ldm import runtime
+from ldm import device as runtime
 from ldm.config import ConfigError, ModelConfig, fail, read_model_config
 from ldm.options import TrainOptions, parse_options
 
@@ -38,7 +38,7 @@ def read_options(argv: list[str] | None) -> tuple[TrainOptions, ModelConfig]:
 
 def take_output_folder(options: TrainOptions) -> None:
     """Lock the output folder and log into it. Raises ConfigError where another run has used it."""
-    from ldm.recipe import results
+    from ldm.run.recipe import results
 
     output = Path(options.output_path)
     output.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def take_output_folder(options: TrainOptions) -> None:
 
 def prepare_class_images(options: TrainOptions, model, config: ModelConfig, ranks: Ranks) -> tuple[list[Path], bool]:
     """The class pictures, as many as wanted, after sampling the missing ones; and whether this process sampled any."""
-    from ldm import pipeline
+    from ldm.sampling import text_to_image as pipeline
 
     folder = Path(options.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,8 +81,8 @@ def prepare_class_images(options: TrainOptions, model, config: ModelConfig, rank
 
 def moments_of(autoencoder, options: TrainOptions, config: ModelConfig, samples, ranks: Ranks):
     """Where the trainer gets the moments of the samples from: the latent cache, filled, or the VAE in every step."""
-    from ldm.latent_cache import Encoding, LatentCache, encoder_digest
-    from ldm.trainer import total_updates
+    from ldm.training.latent_cache import Encoding, LatentCache, encoder_digest
+    from ldm.training.trainer import total_updates
 
     if not options.cache_latents:
         return Encoding(autoencoder, samples)
@@ -108,11 +108,12 @@ def moments_of(autoencoder, options: TrainOptions, config: ModelConfig, samples,
 def run(options: TrainOptions, config: ModelConfig, ranks: Ranks, device: str, signals: runtime.StopSignals) -> None:
     import numpy as np
 
-    from ldm import checkpoint, data
-    from ldm.models.latent_diffusion import build_model
-    from ldm.recipe import find_start, origin_of, write_record
-    from ldm.run_state import States, fingerprint, own_weights, space_needed
-    from ldm.trainer import TooManyOverflows, Trainer, bytes_on_disk, checkpoints_to_come, settle_recompute, total_updates
+    from ldm.networks.latent_diffusion import build_model
+    from ldm.run.recipe import find_start, origin_of, write_record
+    from ldm.run.states import States, fingerprint, own_weights, space_needed
+    from ldm.training import samples as data
+    from ldm.training.trainer import TooManyOverflows, Trainer, bytes_on_disk, checkpoints_to_come, settle_recompute, total_updates
+    from ldm.weights import checkpoint
 
     output = Path(options.output_path)
     states = States(output / "states", options.keep_checkpoints, options.save_state_minutes)
@@ -235,7 +236,7 @@ def last_good(states) -> str:
 
 def train(trainer, states, origin: dict, signals: runtime.StopSignals) -> None:
     """Train to the end, or until a signal; rank 0 writes reports, checkpoints and states."""
-    from ldm.run_state import MetricsFile, remove_old_weights
+    from ldm.run.states import MetricsFile, remove_old_weights
 
     options, ranks, output = trainer.options, trainer.ranks, Path(trainer.options.output_path)
     metrics = MetricsFile(output / "metrics.jsonl", trainer.global_step) if ranks.is_first else None

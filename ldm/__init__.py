@@ -1,5 +1,5 @@
 """DreamBooth for Stable Diffusion 2 on MindSpore."""
 
-from ldm.runtime import prepare_environment
+from ldm.device import prepare_environment
 
 prepare_environment()

@@ -15,13 +15,14 @@ from ldm.config import fail, read_model_config
 
 
 def convert(source: Path, target: Path, config_file: Path, half: bool) -> None:
-    from ldm import runtime
+    from ldm import device as runtime
 
     runtime.require_versions()
     import numpy as np
 
-    from ldm import checkpoint, convert
-    from ldm.models.latent_diffusion import build_model
+    from ldm.networks.latent_diffusion import build_model
+    from ldm.weights import checkpoint
+    from ldm.weights import diffusers_names as convert
 
     if target.exists():
         raise FileExistsError(f"{target}: exists already; give another name or remove it")

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts/tiny_model")]
 import evaluate_tiny
 from evaluate_tiny import BASE, CONFIG, NEW_PLACES, Evaluation
 
-from ldm import images, runtime
+from ldm import device as runtime
+from ldm import images
 
 SUBJECT = "penguin"
 EXAMPLES = ROOT / "examples" / SUBJECT

@@ -18,7 +18,6 @@ from omegaconf import OmegaConf  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
-from ldm.checkpoint import save_weights, weights_of  # noqa: E402
 from ldm.config import (  # noqa: E402
     AutoencoderConfig,
     ModelConfig,
@@ -26,8 +25,9 @@ from ldm.config import (  # noqa: E402
     TextEncoderConfig,
     UNetConfig,
 )
-from ldm.convert import diffusers_configs, to_diffusers  # noqa: E402
-from ldm.models.latent_diffusion import build_model  # noqa: E402
+from ldm.networks.latent_diffusion import build_model  # noqa: E402
+from ldm.weights.checkpoint import save_weights, weights_of  # noqa: E402
+from ldm.weights.diffusers_names import diffusers_configs, to_diffusers  # noqa: E402
 
 ms.set_context(mode=ms.GRAPH_MODE)
 torch.set_num_threads(2)

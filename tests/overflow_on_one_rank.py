@@ -13,10 +13,10 @@ import numpy as np
 from mindspore import Tensor
 from trainings import OPTIONS, make_data
 
-from ldm.latent_cache import Encoding
+from ldm.training.latent_cache import Encoding
 from ldm.ranks import join
-from ldm.runtime import start_device
-from ldm.trainer import Trainer
+from ldm.device import start_device
+from ldm.training.trainer import Trainer
 
 
 def main() -> None:

@@ -4,17 +4,15 @@ import json
 import subprocess
 import sys
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
 import bench
 import profile_step
 from bench_ours import group_of
+from conftest import ROOT
 
 
 def test_bench_writes_figures_of_both_sides(tmp_path):
     file = tmp_path / "bench.json"
-    command = [sys.executable, ROOT / "scripts/bench.py", "--preset=smoke", "--figures=step_cached", "--rounds=1", f"--json={file}"]
+    command = [sys.executable, ROOT / "scripts/bench/bench.py", "--preset=smoke", "--figures=step_cached", "--rounds=1", f"--json={file}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report = json.loads(file.read_text())
     step, peak = report["figures"]

@@ -8,7 +8,7 @@ from commands import run, train
 from conftest import ROOT, SHALLOW, random_model, weights_as_arrays
 from PIL import Image
 
-from ldm.checkpoint import read_checkpoint, save_weights
+from ldm.weights.checkpoint import read_checkpoint, save_weights
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ class Drawer:
 ])  # fmt: skip
 def test_pictures_come_prompt_by_prompt(place, tmp_path, monkeypatch, extra, wanted):
     import text_to_image
-    from ldm import pipeline
+    from ldm.sampling import text_to_image as pipeline
 
     monkeypatch.setattr(pipeline, "TextToImage", Drawer)
     (tmp_path / "prompts.txt").write_text("a\nb\nc\n")

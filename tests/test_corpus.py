@@ -10,7 +10,8 @@ import pytest
 from conftest import write_pictures
 from PIL import Image, ImageCms
 
-from ldm import data, images
+from ldm import images
+from ldm.training import samples as data
 
 SIZE = (40, 30)
 RED = Image.new("RGB", SIZE, (200, 40, 40))

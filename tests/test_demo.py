@@ -4,8 +4,6 @@ import subprocess
 import sys
 
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
 from evaluate_tiny import CONFIG, Evaluation  # noqa: E402
 
 SHORT = ["--num_class_images=20", "--ckpt_save_interval=4"]

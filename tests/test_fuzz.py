@@ -1,4 +1,4 @@
-"""A short run of scripts/fuzz.py; 2,000 mutations a kind are run by hand, see docs/reliability.md."""
+"""A short run of scripts/faults/fuzz.py; 2,000 mutations a kind are run by hand, see docs/reliability.md."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from conftest import ROOT
 
 
 def test_damaged_files_are_read_or_refused_in_words():
-    command = [sys.executable, str(ROOT / "scripts/fuzz.py"), "--count=150", "--seed=1"]
+    command = [sys.executable, str(ROOT / "scripts/faults/fuzz.py"), "--count=150", "--seed=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr

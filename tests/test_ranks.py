@@ -11,16 +11,14 @@ import time
 
 import numpy as np
 import pytest
+from bench_ranks import mpirun
 from commands import environment, run, train_arguments, updates_done, wait_for
 from conftest import ROOT
-
-from ldm import runtime
-from ldm.checkpoint import read_checkpoint
-from ldm.ranks import Ranks, check_launch
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from bench_ranks import mpirun
 from kill_and_resume import processes_of
+
+from ldm import device as runtime
+from ldm.ranks import Ranks, check_launch
+from ldm.weights.checkpoint import read_checkpoint
 
 BIN = os.path.dirname(sys.executable)
 STEPS = (

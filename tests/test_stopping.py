@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from commands import run, start, train, train_arguments, updates_done, wait_for
 
-from ldm.checkpoint import read_checkpoint
 from ldm.ranks import ALONE
+from ldm.weights.checkpoint import read_checkpoint
 
 LONG = ("--epochs=1000", "--ckpt_save_interval=1000", "--gradient_accumulation_steps=2", "--use_ema=True", "--train_batch_size=1")
 

@@ -2,10 +2,10 @@
 
 from conftest import write_pictures
 
-from ldm.data import DreamBoothData
-from ldm.latent_cache import Encoding
 from ldm.options import TrainOptions
-from ldm.trainer import Trainer
+from ldm.training.latent_cache import Encoding
+from ldm.training.samples import DreamBoothData
+from ldm.training.trainer import Trainer
 
 OPTIONS = TrainOptions(
     instance_prompt="a photo of sks dog", class_prompt="a photo of a dog", train_batch_size=2, image_size=32, epochs=1,

@@ -20,16 +20,16 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from ldm.checkpoint import load_weights, read_checkpoint, save_weights, weights_of
 from ldm.config import fail, read_model_config
-from ldm.loss import DreamBoothLoss
-from ldm.models.latent_diffusion import build_model
-from ldm.optim import AdamW
+from ldm.device import start_device
+from ldm.networks.latent_diffusion import build_model
 from ldm.ranks import ALONE
-from ldm.runtime import start_device
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
-from ldm.train_step import TrainStep, Update
+from ldm.training.loss import DreamBoothLoss
+from ldm.training.optim import AdamW
+from ldm.training.train_step import TrainStep, Update
+from ldm.weights.checkpoint import load_weights, read_checkpoint, save_weights, weights_of
 
 HELD_OUT = 512  # the first pictures, as in train.py
 CHECKED = 256

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import pictures
 
 from ldm import images
-from ldm.models.layers import Conv2d, Dense, GroupNormSiLU
+from ldm.networks.layers import Conv2d, Dense, GroupNormSiLU
 
 WEIGHTS, HELD_OUT, LABELS = (ROOT / "models" / f"tiny_judge{suffix}" for suffix in (".safetensors", "_held_out.png", ".json"))
 HEADS = ("class", "colour", "place", "subject")

@@ -1,0 +1,132 @@
+"""What a training's result follows from, and where it can be taken up: a state, its beginning, or nowhere.
+
+`run.json` in the output folder says what the run there is made of, from its first update on, and whether it has ended. States come minutes
+apart: killed before the first one, a run can only begin again, and only as it was, for its checkpoints are written anew.
+"""
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm import device as runtime
+from ldm.config import ConfigError, ModelConfig
+from ldm.options import TrainOptions
+from ldm.ranks import Ranks
+from ldm.run.states import State, States, fingerprint, read_state
+
+RECORD = "run.json"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training is taken up.
+
+    Attributes:
+        state: to restore, or None for the beginning.
+        origin: what the run in the output folder, or that of the state, is made of; None where there is none to be the same as.
+        ended: the last update of a run that has ended, or None.
+    """
+
+    state: State | None = None
+    origin: dict | None = None
+    ended: int | None = None
+
+    @property
+    def global_step(self) -> int:
+        return self.state.progress["global_step"] if self.state else 0
+
+    def is_done(self, total_steps: int) -> bool:
+        """Whether nothing is left to do. With a state of the end its checkpoints can be written again, should they be missing."""
+        return self.ended is not None and total_steps <= self.ended and self.global_step < self.ended
+
+    def changes(self, now: dict) -> list[str]:
+        """What differs from the run that was begun, as far as `now` tells."""
+        before = self.origin if self.origin is not None else now
+        return [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+
+    def compare(self, now: dict, allowed: bool) -> None:
+        """Raises ConfigError where the training would not be the one that was begun, as far as `now` tells, unless that is allowed."""
+        changes = self.changes(now)
+        if changes and not self.state:
+            raise ConfigError(
+                f"resume: changed since the run began: {'; '.join(changes)}; it has saved no state, so that it could only begin again as "
+                "it was: give another folder"
+            )
+        if changes and not allowed:
+            raise ConfigError(
+                f"resume: changed since the state was saved: {'; '.join(changes)}; --allow_changed_options=True continues all the same"
+            )
+        for change in changes:
+            logger.warning("resume: changed: %s", change)
+
+    def require_a_way_on(self, total_steps: int, output: Path) -> None:
+        """Raises ConfigError where a run that has ended is to be made longer, and has kept no state to do so."""
+        if self.ended is not None and not self.state and total_steps > self.ended:
+            raise ConfigError(
+                f"resume: the run in {output} ended after {self.ended} updates and kept no state to continue from "
+                "(--save_state_minutes=0 keeps one); give another folder, there with --pretrained_model_path=FILE, its last checkpoint"
+            )
+
+
+def results(output: Path) -> list[Path]:
+    """What a run has left in its output folder and another must not overwrite."""
+    return sorted(path.relative_to(output) for path in [*output.glob("dreambooth_epoch_*"), *output.glob("states/step_*")])
+
+
+def find_start(options: TrainOptions, states: States) -> Start:
+    """Where `--resume` takes the training up. Raises ConfigError where results are there, but nothing to continue from."""
+    if options.resume is None:
+        return Start()
+    output = Path(options.output_path)
+    record = read_record(output)
+    if options.resume != "latest":
+        state = read_state(Path(options.resume))
+        is_own = state.path.resolve().parent == states.folder.resolve()
+        return _from_state(state, record if is_own else None)
+    if state := states.latest():
+        return _from_state(state, record)
+    found = results(output)
+    if not found:
+        logger.info("resume: no state there yet, starting from the beginning")
+        return Start()
+    if states.paths() or not record:
+        raise ConfigError(
+            f"resume: output_path {output} holds {found[-1]}, but no state that can be read; give another folder to start anew, "
+            "there with --pretrained_model_path=FILE to train a checkpoint on"
+        )
+    if record["ended"] is None:
+        logger.warning("resume: the run was stopped before it saved a state (--save_state_minutes): starting from the beginning")
+    return Start(None, record["origin"], record["ended"])
+
+
+def _from_state(state: State, record: dict | None) -> Start:
+    """Of a run that was resumed with other options, and has saved no state since, `record` knows them."""
+    return Start(state, record["origin"], record["ended"]) if record else Start(state, state.origin)
+
+
+def read_record(output: Path) -> dict | None:
+    """What `write_record` wrote, or None where there is nothing that can be read."""
+    try:
+        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        return {"origin": dict(record["origin"]), "ended": None if record["ended"] is None else int(record["ended"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_record(output: Path, origin: dict, ended: int | None = None) -> None:
+    """Note what the run is made of, before its first update; and with the number of its last, that it has ended."""
+    runtime.write_text(output / RECORD, json.dumps({"origin": origin, "ended": ended}, indent=2) + "\n")
+
+
+def origin_of(options: TrainOptions, config: ModelConfig, instance_paths: list[Path], ranks: Ranks) -> dict:
+    """What a training's result follows from, to be compared when it is resumed; but for the class pictures, which may yet be drawn."""
+    return {
+        **options.training_facts(),
+        "instance pictures an update": options.samples_per_update * ranks.size,
+        "instance pictures": fingerprint(instance_paths),
+        "base model": fingerprint([options.checkpoint]),
+        "model configuration": json.loads(json.dumps(dataclasses.asdict(config))),
+    }

@@ -1,0 +1,53 @@
+"""DreamBooth's loss: instance term plus prior-preservation term (Ruiz et al. 2022, arXiv 2208.12242, eq. 1)."""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from ldm.networks.text_encoder import TextEncoder
+from ldm.networks.unet import UNetModel
+from ldm.schedule import NoiseSchedule
+
+
+class DreamBoothLoss(nn.Cell):
+    """Both terms in one UNet pass over the joined batch: instance samples first, then as many class samples.
+
+    Args:
+        unet: the denoising network.
+        text_encoder: trained along, then `text` is token ids; None: `text` is the context, encoded beforehand.
+        schedule: noise levels and what the UNet predicts.
+        prior_loss_weight: weight of the class term; None: there are no class samples.
+
+    Inputs:
+        latents: (B, 4, h, w) float32, scaled. text: (B, 77) int32 or (B, 77, context_dim) float32.
+        t: (B,) int32 step indices. noise: like latents. Nothing is drawn here.
+
+    Returns:
+        The loss, and its instance and class term (0 without one), float32 scalars.
+    """
+
+    def __init__(self, unet: UNetModel, text_encoder: TextEncoder | None, schedule: NoiseSchedule, prior_loss_weight: float | None) -> None:
+        super().__init__(auto_prefix=False)
+        self.unet = unet
+        self.trains_text = text_encoder is not None
+        if self.trains_text:
+            self.text_encoder = text_encoder
+        self.has_prior = prior_loss_weight is not None
+        self.prior_loss_weight = prior_loss_weight
+        self.is_v = schedule.prediction_type == "v_prediction"
+        self.sqrt_alpha = Tensor(schedule.sqrt_alpha.astype(np.float32))
+        self.sqrt_one_minus_alpha = Tensor(schedule.sqrt_one_minus_alpha.astype(np.float32))
+
+    def construct(self, latents, text, t, noise):
+        signal = ops.gather(self.sqrt_alpha, t, 0).reshape(-1, 1, 1, 1)
+        level = ops.gather(self.sqrt_one_minus_alpha, t, 0).reshape(-1, 1, 1, 1)
+        x_t = signal * latents + level * noise  # Ho et al. 2020, eq. 4
+        target = signal * noise - level * latents if self.is_v else noise
+        context = self.text_encoder(text) if self.trains_text else text
+        error = ops.square(self.unet(x_t, t, context).astype(ms.float32) - target)
+        if not self.has_prior:
+            loss = error.mean()
+            return loss, loss, ops.zeros_like(loss)
+        half = latents.shape[0] // 2
+        instance_loss, class_loss = error[:half].mean(), error[half:].mean()
+        return instance_loss + self.prior_loss_weight * class_loss, instance_loss, class_loss

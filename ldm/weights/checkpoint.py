@@ -1,0 +1,236 @@
+"""Checkpoint files: read, load strictly, write atomically. Names are the official checkpoint's (sd_v2_base-57526ee4.ckpt)."""
+
+import hashlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn
+from safetensors.numpy import save_file
+
+from ldm.device import write_text
+from ldm.weights.layouts import Selected, what_it_is
+from ldm.weights.mindspore_ckpt import CKPT_DTYPES, WeightFile, write_ckpt
+
+DIGESTS = "checkpoints.sha256"
+logger = logging.getLogger(__name__)
+
+
+def read_checkpoint(path: Path) -> Mapping[str, np.ndarray]:
+    """Parameter name to array, from a MindSpore .ckpt or a safetensors file; an array is read when it is asked for.
+
+    Where a file `checkpoints.sha256` lies beside it and names it, its SHA-256 is compared first. MindSpore's published files have the
+    first eight digits of theirs in their name (sd_v2_base-57526ee4.ckpt): a warning says where they differ.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is neither, damaged, or not what was written.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path}: no such file; see models/README.md for where to get it")
+    wanted = recorded_digests(path.parent).get(path.name)
+    if wanted and sha256_of(path) != wanted:
+        raise ValueError(f"{path}: not what was written, its SHA-256 differs from the one in {DIGESTS}; it is damaged or was replaced")
+    published = re.search(r"-(?!\d{8})([0-9a-f]{8})\.ckpt$", path.name)  # eight decimal digits are a date
+    if published and not wanted and not (digest := sha256_of(path)).startswith(published[1]):
+        logger.warning(
+            "%s: its SHA-256 begins with %s, not with %s as its name says: damaged, changed, or another file; if in doubt, get it anew",
+            path, digest[:8], published[1],
+        )  # fmt: skip
+    try:
+        return WeightFile(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable .ckpt or .safetensors file ({str(error).splitlines()[0]}); get it anew") from None
+
+
+def _examples(names) -> str:
+    names = sorted(names)
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def load_weights(net: nn.Cell, weights: Mapping[str, np.ndarray], source: str) -> None:
+    """Fill every parameter of `net` from a file's `weights`, as `fill` does, but for entries that are known to be of no use to it.
+
+    Raises:
+        ValueError: as `fill`; where it is known what the file is instead, the message says that.
+    """
+    parameters = weights_of(net)
+    selected = Selected(weights, parameters)
+    try:
+        fill(parameters, selected, source)
+    except ValueError:
+        if kind := what_it_is(weights, parameters):
+            raise ValueError(f"{source}: {kind}") from None
+        raise
+    logger.info("%s: %d parameters, %.1fM values", source, len(parameters), sum(p.size for p in parameters.values()) / 1e6)
+    if selected.unused:
+        logger.info(
+            "%s: left out, since nothing reads them: %s", source, "; ".join(f"{len(n)} {kind}" for kind, n in selected.unused.items())
+        )
+
+
+def fill(parameters: Mapping[str, ms.Parameter], weights: Mapping[str, np.ndarray], source: str) -> None:
+    """Fill every one of `parameters` from `weights`, cast to its dtype; all or nothing. Asks twice for each array, in turn.
+
+    Raises:
+        ValueError: names are missing or unknown, or an array is of another shape, no float array or not finite; with counts and examples.
+    """
+    missing, extra = parameters.keys() - weights.keys(), weights.keys() - parameters.keys()
+    shapes, kinds, infinite = [], [], []
+    for name, parameter in parameters.items():
+        if name in missing:
+            continue
+        values = weights[name]
+        if values.shape != tuple(parameter.shape):
+            shapes.append(f"{name} {values.shape} instead of {tuple(parameter.shape)}")
+        elif values.dtype.kind != "f":
+            kinds.append(f"{name} {values.dtype}")
+        elif not is_finite(_cast(values, parameter)):
+            infinite.append(name)
+    wrong = {
+        "missing": missing,
+        "not of this model": extra,
+        "of another shape": shapes,
+        "not of floats": kinds,
+        "with NaN or Inf": infinite,
+    }
+    found = "; ".join(f"{what}: {_examples(names)}" for what, names in wrong.items() if names)
+    if found:
+        raise ValueError(f"{source}: does not fit the model configuration, parameters {found}; is it the right pair of files?")
+    for name, parameter in parameters.items():
+        parameter.set_data(ms.Tensor(_cast(weights[name], parameter)))
+
+
+def _cast(values: np.ndarray, parameter: ms.Parameter) -> np.ndarray:
+    with np.errstate(over="ignore"):  # to Inf, which is then found
+        return values.astype(CKPT_DTYPES[str(parameter.dtype)], copy=False)
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Without an array of booleans: no sum in float64 of finite float32 values overflows, and NaN and Inf stay."""
+    with np.errstate(invalid="ignore"):  # Inf - Inf
+        return bool(np.isfinite(values.sum(dtype=np.float64)))
+
+
+def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path, record: bool = False) -> str:
+    """Write a checkpoint, .ckpt (MindSpore) or .safetensors by its suffix, under a temporary name that is then renamed.
+
+    Args:
+        record: note its SHA-256 in `checkpoints.sha256` beside it, before it gets its name.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        ValueError: a value is no array, or of a dtype that cannot be stored.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        if path.suffix == ".safetensors":
+            save_file({name: np.asarray(_array(value), order="C") for name, value in weights.items()}, partial)
+            digest = sha256_of(partial)
+        else:
+            with open(partial, "wb") as file:
+                hashing = _Hashing(file)
+                write_ckpt(hashing, ((name, _array(value)) for name, value in weights.items()))
+            digest = hashing.digest.hexdigest()
+        to_disk(partial)
+        if record:
+            record_digest(path, digest)
+        os.replace(partial, path)
+        to_disk(path.parent)  # the new name, too, is to outlive a power cut
+        return digest
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def recorded_digests(folder: Path) -> dict[str, str]:
+    """File name to SHA-256, from the folder's `checkpoints.sha256`, which `sha256sum --check` reads too."""
+    path = folder / DIGESTS
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines) if name}
+
+
+def record_digest(path: Path, digest: str) -> None:
+    """Note a file's SHA-256 in its folder's `checkpoints.sha256`."""
+    write_digests(path.parent, recorded_digests(path.parent) | {path.name: digest})
+
+
+def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    write_text(folder / DIGESTS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
+
+
+class _Hashing:
+    """A file that is written to, and the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, content) -> None:
+        self.file.write(content)
+        self.digest.update(content)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content; a file that has not changed since is read once only."""
+    status = os.stat(path)
+    return _sha256(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: str, *_: int) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _array(value: np.ndarray | ms.Tensor) -> np.ndarray:
+    """On a CPU a tensor's own memory, no copy."""
+    return value.asnumpy() if isinstance(value, ms.Tensor) else np.asarray(value)
+
+
+def weights_of(net: nn.Cell) -> dict[str, ms.Tensor]:
+    """The parameters of a net by name."""
+    return {parameter.name: parameter for parameter in net.get_parameters()}
+
+
+def spill(net: nn.Cell, folder: Path) -> dict[str, np.memmap]:
+    """Move the parameters of `net` out of memory: their values by name, in a file in `folder` that has no name and ends with the process.
+
+    Afterwards `net` is of no use.
+    """
+    places, start = {}, 0
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for name, parameter in weights_of(net).items():
+            values = np.ascontiguousarray(parameter.asnumpy())
+            file.write(values)
+            places[name] = slice(start, start + values.nbytes), values.dtype, values.shape
+            start += values.nbytes
+        file.flush()
+        content = np.memmap(file, np.uint8, "r")
+    for parameter in net.get_parameters():
+        # MindSpore holds on to the parameters of the cell that it compiled last: dropping the cell alone frees nothing.
+        parameter.set_data(ms.Tensor([0], parameter.dtype), slice_shape=True)
+    return {name: content[place].view(dtype).reshape(shape) for name, (place, dtype, shape) in places.items()}

@@ -1,0 +1,242 @@
+"""Damage small files of every kind that is read, at random, and see that each is read or refused in words.
+
+    python scripts/faults/fuzz.py                # 2,000 mutations of each of ten kinds of files, a few minutes
+    python scripts/faults/fuzz.py --count 100 --seed 1 --kind ckpt
+
+A mutation cuts, flips bits, moves or repeats parts, or puts extreme numbers where lengths may be. It passes if the file is read,
+or refused by this project's own error of one line, within 10 s and with no more memory than twice the file and 200 MB. "Other
+values" are damage to the values alone: the .ckpt and safetensors formats have no checksum of their own, checkpoints.sha256 beside
+those that are trained here has; configurations and pictures have none. Prints a table; exit status 1 where a mutation did not pass,
+whose file is kept.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+from tqdm.auto import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+SECONDS, MEMORY = 10, 200 * 2**20
+EXTREMES = [
+    b"\0",
+    b"\xff",
+    b"\x7f" + b"\xff" * 7,
+    b"\xff" * 8,
+    b"\x80" * 9 + b"\x01",
+    b"\0" * 8,
+    b"99999999999",
+    b"-1",
+    b"1e999",
+    b'"',
+    b"[" * 2000,
+]
+OUTCOMES = ("read, the same", "read, other values", "refused", "FAILED")
+
+
+def weights() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {f"unet.{n}.weight": rng.standard_normal((n + 1, 4, 3)).astype((np.float32, np.float16)[n % 2]) for n in range(5)}
+
+
+def make(kind: str, path: Path) -> None:
+    """A sound file of a kind."""
+    if kind == "ckpt":
+        from ldm.weights.mindspore_ckpt import write_ckpt
+
+        with open(path, "wb") as file:
+            write_ckpt(file, weights().items())
+    elif kind == "safetensors":
+        from safetensors.numpy import save_file
+
+        save_file(weights(), path)
+    elif kind == "torch":  # as torch.save writes it
+        storages, state = {}, b"\x80\x02}("
+        for number, (name, value) in enumerate(weights().items()):
+            storages[str(number)] = value.tobytes()
+            kind_ = b"HalfStorage" if value.dtype == np.float16 else b"FloatStorage"
+
+            def text(word: str) -> bytes:
+                return b"X" + len(word).to_bytes(4, "little") + word.encode()
+
+            def numbers(values) -> bytes:
+                return b"(" + b"".join(b"K" + bytes([v]) for v in values) + b"t"
+
+            reference = (
+                b"(" + text("storage") + b"ctorch\n" + kind_ + b"\n" + text(str(number)) + text("cpu") + b"K" + bytes([value.size]) + b"tQ"
+            )
+            strides = [s // value.itemsize for s in value.strides]
+            state += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + reference + b"K\0" + numbers(value.shape) + numbers(strides)
+            state += b"\x89ccollections\nOrderedDict\n)RtR"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", state + b"u.")
+            for key, content in storages.items():
+                archive.writestr(f"archive/data/{key}", content)
+    elif kind == "json":
+        path.write_text(json.dumps({"train_batch_size": 2, "betas": [0.9, 0.98], "epochs": 3, "instance_prompt": "a sks dog", "seed": 7}))
+    elif kind == "yaml":
+        path.write_bytes((ROOT / "configs/train_dreambooth_tiny.yaml").read_bytes())
+    else:
+        array = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        Image.fromarray(array).save(path, kind.upper(), exif=exif, icc_profile=profile)
+
+
+def read(kind: str, path: Path):
+    """What the program makes of a file, as something that can be compared. Raises ValueError, its own error."""
+    from ldm.config import ConfigError, read_model_config
+    from ldm.images import read_image
+    from ldm.options import TrainOptions, parse_options
+    from ldm.weights.mindspore_ckpt import WeightFile
+    from ldm.weights.torch_pickle import read_torch_file
+
+    if kind in ("ckpt", "safetensors", "torch"):
+        found = read_torch_file(path) if kind == "torch" else WeightFile(path)
+        return {name: (str(found[name].dtype), found[name].shape, found[name].tobytes()) for name in found}
+    if kind == "json":
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            try:
+                return parse_options(TrainOptions, [f"--train_config={path}", f"--pretrained_model_path={ROOT / 'models'}", *NEEDED])
+            except SystemExit as end:
+                if end.code != 2:
+                    raise
+        raise ConfigError(said.getvalue())
+    if kind == "yaml":
+        return read_model_config(path)
+    picture = read_image(path)
+    return picture.size, picture.tobytes() if picture.width * picture.height < 10**6 else None  # a copy is no part of reading
+
+
+NEEDED = [
+    "--pretrained_model_file=tiny_sd_v2.safetensors", f"--instance_data_dir={ROOT / 'examples/penguin'}", "--class_data_dir=none",
+    "--class_prompt=a dog",
+]  # fmt: skip
+KINDS = ("ckpt", "safetensors", "torch", "json", "yaml", "png", "jpeg", "webp", "gif", "tiff")
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """One to three kinds of damage."""
+    data = bytearray(content)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        at, length = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 8, 16, 64))
+        how = rng.randrange(6)
+        if how == 0:
+            del data[at:]
+        elif how == 1:
+            for _ in range(rng.randint(1, 8)):
+                if data:
+                    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif how == 2:
+            start = rng.randrange(len(data) + 1)
+            data[at : at + length * rng.randrange(2)] = data[start : start + length]
+        elif how == 3:
+            extreme = rng.choice(EXTREMES)
+            data[at : at + len(extreme)] = extreme
+        elif how == 4:
+            del data[at : at + length]
+        else:
+            data[at:at] = rng.randbytes(length)
+    return bytes(data)
+
+
+def address_space() -> int:
+    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
+
+
+class TooSlow(BaseException):
+    pass
+
+
+def on_alarm(*_) -> None:
+    raise TooSlow(f"more than {SECONDS} s")
+
+
+def work(kind: str, seed: int, first: int, count: int, folder: Path) -> None:
+    """Try mutations, printing an outcome a line: in a process of its own, which may crash."""
+    path = folder / f"sound.{kind}"
+    make(kind, path)
+    sound, expected = path.read_bytes(), read(kind, path)
+    signal.signal(signal.SIGALRM, on_alarm)
+    damaged = folder / f"damaged.{kind}"
+    for number in range(first, count):
+        data = mutate(sound, random.Random(f"{seed} {kind} {number}"))
+        damaged.write_bytes(data)
+        print(number, end=" ", flush=True)
+        limit = address_space() + 2 * len(data) + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        signal.alarm(SECONDS)
+        try:
+            outcome = OUTCOMES[0] if read(kind, damaged) == expected else OUTCOMES[1]
+        except ValueError as error:
+            words = str(error)
+            own = words.strip() and "Traceback" not in words and "\n" not in words.strip()
+            outcome = OUTCOMES[2] if own else f"FAILED {words!r}"
+        except BaseException as error:
+            outcome = f"FAILED {type(error).__name__}: {error}"
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(" ".join(outcome.split()), flush=True)
+
+
+def fuzz(kind: str, seed: int, count: int, folder: Path) -> tuple[Counter, list[str]]:
+    """Outcomes and their number, and what failed."""
+    outcomes, failures, first = Counter(), [], 0
+    while first < count:
+        command = [sys.executable, __file__, "--work", kind, str(seed), str(first), str(count), str(folder)]
+        errors = open(folder / "errors.txt", "w+")
+        process, before = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True), first
+        for line in tqdm(process.stdout, kind, total=count - first, leave=False, disable=None):
+            number, _, outcome = line.strip().partition(" ")
+            first = int(number) + 1
+            outcomes[outcome.split(" ")[0] if outcome.startswith("FAILED") else outcome or "FAILED"] += 1
+            if outcome.startswith("FAILED") or not outcome:
+                kept = folder / f"failed-{number}.{kind}"
+                (folder / f"damaged.{kind}").replace(kept)
+                failures.append(f"{kept}: {outcome or 'the process crashed'}")
+        if process.wait() and first == before:  # it did not come to its first mutation
+            errors.seek(0)
+            sys.exit(errors.read())
+    return outcomes, failures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000, help="mutations of each kind [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of the mutations [%(default)s]")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="only this one; may be given several times")
+    parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.work:
+        kind, seed, first, count, folder = options.work
+        work(kind, int(seed), int(first), int(count), Path(folder))
+        return 0
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    print(f"| file | mutations | {' | '.join(OUTCOMES)} |\n|---|---|{'---|' * len(OUTCOMES)}")
+    failures = []
+    for kind in options.kind or KINDS:
+        outcomes, failed = fuzz(kind, options.seed, options.count, folder)
+        failures += failed
+        print(f"| {kind} | {options.count} | {' | '.join(str(outcomes[outcome]) for outcome in OUTCOMES)} |", flush=True)
+    print("\n".join(failures))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""UNet, VAE and text encoder against diffusers and transformers with the same random weights."""
+
+import gzip
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, in_half, random_model, relative_error, torch_networks, weights_as_arrays, write_pictures
+from mindspore import ops
+from mindspore.nn.utils import no_init_parameters
+
+from ldm.config import read_model_config
+from ldm.networks.autoencoder import Decode, Encode
+from ldm.networks.latent_diffusion import build_model
+from ldm.options import TrainOptions
+from ldm.training.samples import DreamBoothData
+from ldm.training.trainer import Trainer
+from ldm.weights.diffusers_names import diffusers_names
+
+CONFIG = ROOT / "configs/train_dreambooth_sd_v2.yaml"
+# Both sides sum the same float32 products in another order: a few rounding errors of 6e-8 for each of ~30 layers.
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
+HALF_TOLERANCE = 2e-2  # float16 keeps 11 bits, 5e-4 a rounding
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    return build_model(read_model_config(CONFIG))
+
+
+def official_table() -> dict[str, tuple[int, ...]]:
+    table = gzip.decompress((Path(__file__).parent / "data/sd_v2_base_parameters.tsv.gz").read_bytes()).decode()
+    rows = [line.split("\t") for line in table.splitlines()[1:]]
+    assert len(rows) == 1214
+    return {name: tuple(map(int, shape.split(","))) for name, shape in rows}
+
+
+def test_full_size_names_and_shapes_are_the_official_ones(full_size):
+    assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official_table()
+
+
+def test_building_the_trainer_renames_nothing(tmp_path, full_size):
+    options = TrainOptions(instance_prompt="a sks dog", class_prompt="a dog", gradient_accumulation_steps=2, use_ema=True)
+    pictures = write_pictures(tmp_path, 2)
+    with no_init_parameters():  # moments and averages of a billion parameters, without their memory
+        trainer = Trainer(full_size, read_model_config(CONFIG), options, DreamBoothData(pictures, pictures, 1, 512, False, 0), None)
+    assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official_table()
+    trained = {p.name for p in trainer.parameters}
+    assert trained == {name for name in official_table() if not name.startswith("first_stage_model.")}
+
+
+def inputs(config, batch, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((batch, 4, 8, 16)).astype(np.float32)  # not square
+    t = rng.integers(0, 1000, batch).astype(np.int32)
+    context = rng.standard_normal((batch, 77, config.text_encoder.width)).astype(np.float32)
+    token_ids = rng.integers(0, config.text_encoder.vocab_size, (batch, 77)).astype(np.int32)
+    pixels = rng.uniform(-1, 1, (batch, 3, 32, 48)).astype(np.float32)
+    return x, t, context, token_ids, pixels
+
+
+def outputs(model, x, t, context, token_ids, pixels):
+    tensors = [ms.Tensor(a) for a in (x, t, context, token_ids, pixels)]
+    return {
+        "unet": model.unet(*tensors[:3]).asnumpy(),
+        "text": model.cond_stage_model(tensors[3]).asnumpy(),
+        "encode": Encode(model.first_stage_model)(tensors[4]).asnumpy(),
+        "decode": Decode(model.first_stage_model)(tensors[0]).asnumpy(),
+    }
+
+
+def reference_outputs(networks, x, t, context, token_ids, pixels):
+    unet, vae, text_encoder = networks
+    x, t, context, token_ids, pixels = (torch.from_numpy(a) for a in (x, t, context, token_ids, pixels))
+    with torch.no_grad():
+        return {
+            "unet": unet(x, t.long(), context).sample,
+            "text": text_encoder(token_ids.long())[0],
+            "encode": vae.encode(pixels).latent_dist.parameters,
+            "decode": vae.decode(x).sample,
+        }
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_outputs(config, batch):
+    model = random_model(config)
+    given = inputs(config, batch)
+    reference = reference_outputs(torch_networks(weights_as_arrays(model), config), *given)
+    errors = {name: relative_error(ours, reference[name]) for name, ours in outputs(model, *given).items()}
+    print(errors)
+    assert max(errors.values()) <= OUTPUT_TOLERANCE
+
+
+def test_outputs_in_float16(config):
+    model = random_model(in_half(config))
+    assert {p.dtype for p in model.get_parameters()} == {ms.float32}
+    given = inputs(config, 2)
+    reference = reference_outputs(torch_networks(weights_as_arrays(model), config), *given)
+    ours = outputs(model, *given)
+    errors = {name: relative_error(ours[name], reference[name]) for name in ours}
+    print(errors)
+    assert 1e-6 < max(errors.values()) <= HALF_TOLERANCE  # above the first figure: it did compute in float16
+
+
+def ours_and_reference_gradients(model, config, network, reference, forward, reference_forward):
+    """Name to (ours, reference), for every parameter of a network."""
+    parameters = network.trainable_params()
+    gradients = ms.value_and_grad(forward, None, parameters)()[1]
+    reference_forward().backward()
+    of_torch = dict(reference.named_parameters())
+    for parameter, ours in zip(parameters, gradients):
+        _, names = diffusers_names(parameter.name, config)
+        names = [n if n in of_torch else n.removeprefix("text_model.") for n in names]
+        theirs = np.concatenate([of_torch[name].grad.numpy() for name in names]).reshape(ours.shape)
+        yield parameter.name, ours.asnumpy(), theirs
+
+
+def test_gradients_of_every_parameter(config):
+    model = random_model(config)
+    unet, vae, text_encoder = torch_networks(weights_as_arrays(model), config)
+    x, t, context, token_ids, pixels = inputs(config, 2)
+    rng = np.random.default_rng(9)
+    weight = rng.standard_normal(x.shape).astype(np.float32)
+    text_weight = rng.standard_normal(context.shape).astype(np.float32)
+    pixel_weight = rng.standard_normal((2, 3, *(side * config.autoencoder.downsampling for side in x.shape[2:]))).astype(np.float32)
+    moment_weight = rng.standard_normal((2, 8, *(side // config.autoencoder.downsampling for side in pixels.shape[2:]))).astype(np.float32)
+    tensor, as_torch = ms.Tensor, torch.from_numpy
+    encode, decode = Encode(model.first_stage_model), Decode(model.first_stage_model)
+    args = [tensor(a) for a in (x, t, context, token_ids, pixels, weight, text_weight, pixel_weight, moment_weight)]
+    mx, mt, mc, mi, mp, mw, mtw, mpw, mmw = args
+
+    def unet_loss():
+        return (model.unet(mx, mt, mc) * mw).sum()
+
+    def text_loss():
+        return (model.cond_stage_model(mi) * mtw).sum()
+
+    def vae_loss():
+        return ops.cat(((encode(mp) * mmw).reshape(-1), (decode(mx) * mpw).reshape(-1))).sum()
+
+    def reference_unet_loss():
+        return (unet(as_torch(x), as_torch(t).long(), as_torch(context)).sample * as_torch(weight)).sum()
+
+    def reference_text_loss():
+        return (text_encoder(as_torch(token_ids).long())[0] * as_torch(text_weight)).sum()
+
+    def reference_vae_loss():
+        moments, decoded = vae.encode(as_torch(pixels)).latent_dist.parameters, vae.decode(as_torch(x)).sample
+        return (moments * as_torch(moment_weight)).sum() + (decoded * as_torch(pixel_weight)).sum()
+
+    cases = [
+        (model.unet, unet, unet_loss, reference_unet_loss),
+        (model.cond_stage_model, text_encoder, text_loss, reference_text_loss),
+        (model.first_stage_model, vae, vae_loss, reference_vae_loss),
+    ]
+    compared = 0
+    for network, reference, forward, reference_forward in cases:
+        network.set_grad()
+        rows = list(ours_and_reference_gradients(model, config, network, reference, forward, reference_forward))
+        typical = np.median([np.abs(theirs).max() for _, _, theirs in rows])
+        for name, ours, theirs in rows:
+            # A key bias shifts every score of a row alike, so its gradient is zero but for rounding: hence the floor.
+            floor = 1e-3 * typical
+            error = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), floor)
+            assert error <= GRADIENT_TOLERANCE, f"{name}: {error:.1e}"
+            compared += 1
+    assert compared == len(list(model.get_parameters()))
+
+
+def test_later_tokens_do_not_change_earlier_features(config):
+    model = random_model(config)
+    ids = np.random.default_rng(0).integers(1, 49000, (1, 77)).astype(np.int32)
+    changed = ids.copy()
+    changed[:, 40:] = 7
+    a, b = (model.cond_stage_model(ms.Tensor(x)).asnumpy() for x in (ids, changed))
+    assert np.array_equal(a[:, :40], b[:, :40]) and not np.allclose(a[:, 40:], b[:, 40:])

@@ -1,0 +1,70 @@
+"""Optimizers against torch.optim; learning rate, loss scale and moving average against their definitions."""
+
+import math
+
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+from mindspore import Parameter
+
+from ldm.training.optim import AdamW, LearningRate, LossScale, MovingAverage, has_weight_decay
+
+NAMES = ["layer.weight", "layer.bias", "norm.gamma", "norm.beta", "embedding_table"]
+
+
+def test_norms_and_biases_are_not_decayed():
+    assert [name for name in NAMES if has_weight_decay(name)] == ["layer.weight", "embedding_table"]
+
+
+@pytest.mark.parametrize("decoupled", [True, False], ids=["adamw", "adam"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_updates_equal_torch(decoupled, weight_decay):
+    rng = np.random.default_rng(0)
+    start = [rng.standard_normal((5, 7)).astype(np.float32) for _ in NAMES]
+    ours = [Parameter(ms.Tensor(value), name=name) for name, value in zip(NAMES, start)]
+    theirs = [torch.nn.Parameter(torch.from_numpy(value.copy())) for value in start]
+    groups = [
+        {"params": [p for p, name in zip(theirs, NAMES) if has_weight_decay(name) is decayed], "weight_decay": weight_decay * decayed}
+        for decayed in (True, False)
+    ]
+    optimizer = AdamW(ours, (0.9, 0.98), weight_decay, decoupled)
+    reference = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-8)
+    for step in range(1, 8):
+        gradients = [(rng.standard_normal((5, 7)) * 10.0 ** rng.integers(-6, 1)).astype(np.float32) for _ in NAMES]
+        optimizer(tuple(map(ms.Tensor, gradients)), *optimizer.scalars(step, 1e-2))
+        for parameter, gradient in zip(theirs, gradients):
+            parameter.grad = torch.from_numpy(gradient)
+        reference.step()
+    for a, b, before in zip(ours, theirs, start):
+        moved, wanted = a.asnumpy() - before, b.detach().numpy() - before
+        assert np.abs(moved - wanted).max() <= 1e-5 * np.abs(wanted).max() + 2e-7  # a rounding of float32 weights about 1
+
+
+def test_learning_rate():
+    assert {LearningRate(3e-6)(step) for step in (0, 1, 10_000)} == {3e-6}
+    rate = LearningRate(1.0, end=0.1, warmup_steps=4, decay_steps=10)
+    assert [rate(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert math.isclose(rate(9), 0.55) and math.isclose(rate(14), 0.1) and math.isclose(rate(99), 0.1)
+
+
+def test_loss_scale():
+    scale = LossScale(8.0, 2.0, window=3)
+    values = []
+    for overflow in (False, False, False, True, False, True, True, True, True, True):
+        scale.update(overflow)
+        values.append(scale.value)
+    assert values == [8, 8, 16, 8, 8, 4, 2, 1, 1, 1]
+
+
+def test_moving_average():
+    parameter = Parameter(ms.Tensor(np.zeros(3, np.float32)), name="w")
+    average = MovingAverage([parameter])
+    expected = 0.0
+    for n in range(1, 30):
+        parameter.set_data(ms.Tensor(np.full(3, n, np.float32)))
+        average.update(n)
+        decay = min(0.9999, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+    assert average.weights().keys() == {"w"} and parameter.name == "w"
+    assert np.allclose(average.weights()["w"].asnumpy(), expected, rtol=1e-5)
