@@ -1,99 +1,120 @@
-"""Draw pictures from prompts with a Stable Diffusion 2 checkpoint. `--help` lists the options."""
+"""Generate images from prompts with a Stable Diffusion 2 checkpoint. `--help` lists the options."""
 
 import logging
 import os
-import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from ldm import device as runtime
 from ldm import images
-from ldm.config import ConfigError, ModelConfig, fail, read_model_config
-from ldm.options import SampleOptions, parse_options
+from ldm.command_line import Ending, parse_options, progress_bar, start_logging
+from ldm.config import ConfigError, ModelConfig, read_model_config
+from ldm.device import start_device
+from ldm.run.compile_cache import CompileCache
+from ldm.sample_options import SampleOptions
 
 logger = logging.getLogger("text_to_image")
+
+
+def main(argv: list[str] | None = None) -> None:
+    with Ending("text_to_image.py"):
+        options = parse_options(SampleOptions, argv)
+        config = read_model_config(options.config)
+        options = replace(options, H=options.H or config.image_size, W=options.W or config.image_size)
+        config.check_size(H=options.H, W=options.W)
+        prompts = read_prompts(options)
+        start_logging(options.log_level)
+        # imports mindspore, which a typing error need not wait for
+        start_device(options.device, options.mode)
+        facts = {
+            "n": options.n_samples,
+            "size": (options.H, options.W),
+            "guidance": options.guidance_scale == 1,
+        }
+        graphs = CompileCache.open(options.caches_graphs, facts | {"config": config})
+        output = Path(os.path.abspath(options.output_path))  # a link stays one
+        (output / "samples").mkdir(parents=True, exist_ok=True)
+        generate_and_save(options, prompts, load_pipeline(options, config), output, graphs)
 
 
 def read_prompts(options: SampleOptions) -> list[tuple[str, str]]:
     """(prompt, negative prompt) pairs from the flags or the files. Raises ConfigError."""
     prompts, negatives = [options.prompt], [options.negative_prompt]
     if options.data_path:
-        prompts = [line.strip() for line in Path(options.data_path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = Path(options.data_path).read_text(encoding="utf-8").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
-            raise ConfigError(f"data_path {options.data_path}: has no prompt; one a line is wanted")
+            raise ConfigError(f"data_path {options.data_path} must hold one prompt per line, got none")
     if options.negative_data_path:
-        negatives = [line.strip() for line in Path(options.negative_data_path).read_text(encoding="utf-8").splitlines()]
+        lines = Path(options.negative_data_path).read_text(encoding="utf-8").splitlines()
+        negatives = [line.strip() for line in lines]
     if len(negatives) not in (1, len(prompts)):
-        raise ConfigError(f"negative_data_path has {len(negatives)} lines: 1 or {len(prompts)} (one for each prompt) wanted")
+        required = f"1 line or {len(prompts)} (one per prompt)"
+        raise ConfigError(f"negative_data_path must have {required}, got {len(negatives)}")
     return list(zip(prompts, negatives * (len(prompts) // len(negatives))))
 
 
-def run(options: SampleOptions, config: ModelConfig, prompts: list[tuple[str, str]]) -> None:
-    # Only now: importing mindspore takes seconds, which a typing error need not wait for.
+def load_pipeline(options: SampleOptions, config: ModelConfig) -> Callable[..., np.ndarray]:
     from ldm.networks.latent_diffusion import build_model
-    from ldm.sampling import text_to_image as pipeline
-    from ldm.weights import checkpoint
+    from ldm.sampling import text_to_image
+    from ldm.weights.checkpoint import load_checkpoint
 
-    height, width = options.H or config.image_size, options.W or config.image_size
-    runtime.start_device(options.device, options.mode)
-    if options.compile_cache and options.mode == 0:
-        runtime.enable_compile_cache("sample", options.n_samples, height, width, options.guidance_scale == 1, config)
-    output = Path(os.path.abspath(options.output_path))  # a link stays one
-    samples = output / "samples"
-    samples.mkdir(parents=True, exist_ok=True)
     model = build_model(config)
-    checkpoint.load_weights(model, checkpoint.read_checkpoint(Path(options.ckpt_path)), options.ckpt_path)
-    draw = pipeline.TextToImage(model, config)
+    load_checkpoint(model, options.ckpt_path)
+    return text_to_image.TextToImage(model, config)
 
-    drawn, number = [], 0
-    evaluations = options.sampling_steps * options.n_iter * len(prompts)
-    with tqdm(total=evaluations, desc="sampling", unit="step", disable=None) as bar:
-        # Prompt by prompt: programs that judge pictures give each prompt a block of the numbered files.
+
+def generate_and_save(
+    options: SampleOptions,
+    prompts: list[tuple[str, str]],
+    pipeline: Callable,
+    output: Path,
+    graphs: CompileCache,
+) -> None:
+    """Prompt by prompt: programs that judge images give each prompt a block of the numbered files."""
+    from ldm.sampling.text_to_image import Sampling
+
+    generated, number, count = [], 0, options.n_samples
+    settings = Sampling(
+        options.sampler_name,
+        options.sampling_steps,
+        options.guidance_scale,
+        options.H,
+        options.W,
+        options.ddim_eta,
+    )
+    bar = progress_bar("sampling", unit="step")(options.sampling_steps * options.n_iter * len(prompts))
+    with bar:
         for row, (prompt, negative) in enumerate(prompts):
             for round_ in range(options.n_iter):
-                first = 0 if options.fixed_code else (round_ * len(prompts) + row) * options.n_samples
-                pictures = draw(
-                    [prompt] * options.n_samples, [negative] * options.n_samples,
-                    [(options.seed, first + i) for i in range(options.n_samples)], sampler=options.sampler_name,
-                    steps=options.sampling_steps, guidance_scale=options.guidance_scale, height=height, width=width,
-                    eta=options.ddim_eta, on_step=bar.update,
-                )  # fmt: skip
-                drawn.append(pictures)
-                runtime.keep_compiled_graphs()
-                for picture in pictures if not options.skip_save else ():
-                    path = images.free_path(samples, "", start=number)
+                first = 0 if options.fixed_code else (round_ * len(prompts) + row) * count
+                seeds = [(options.seed, first + place) for place in range(count)]
+                arrays = pipeline([prompt] * count, [negative] * count, seeds, settings, bar.update)
+                graphs.are_complete()
+                generated.append(arrays)
+                for array in arrays if not options.skip_save else ():
+                    path = images.free_path(output / "samples", "", start=number)
                     number = int(path.stem) + 1
-                    images.save_image(picture, path)
+                    images.save_image(array, path)
     if not options.skip_save:
-        logger.info("%d pictures in %s", sum(map(len, drawn)), samples)
+        logger.info("%d images in %s", sum(map(len, generated)), output / "samples")
     if not options.skip_grid:
         folder = grid_folder(output)
         path = images.free_path(folder, "grid-" if folder == output else f"{output.name}-grid-", start=0)
-        images.save_image(images.grid(np.concatenate(drawn), options.n_rows or options.n_samples), path)
+        images.save_image(images.grid(np.concatenate(generated), options.n_rows or count), path)
         logger.info("grid: %s", path)
 
 
 def grid_folder(output: Path) -> Path:
-    """Beside the output folder, since programs that judge pictures take all that lie in it; within, where there is no place beside it."""
-    at_work = Path.cwd().is_relative_to(output.resolve())  # beside the folder that one works in is nobody's place
+    """Beside the output folder, since programs that judge images take all that lie in it; within, where there
+    is no place.
+    """
+    # beside the folder that one works in is nobody's place
+    at_work = Path.cwd().is_relative_to(output.resolve())
     has_no_side = at_work or os.path.ismount(output) or not os.access(output.parent, os.W_OK)
     return output if has_no_side else output.parent
-
-
-def main(argv: list[str] | None = None) -> None:
-    try:
-        options = parse_options(SampleOptions, argv)
-        config = read_model_config(options.config)
-        config.check_size(H=options.H or config.image_size, W=options.W or config.image_size)
-        prompts = read_prompts(options)
-        runtime.start_logging(options.log_level)
-        run(options, config, prompts)
-    except (ValueError, OverflowError, MemoryError, OSError) as error:
-        fail("text_to_image.py", error)
-    except KeyboardInterrupt:
-        sys.exit("text_to_image.py: interrupted")
 
 
 if __name__ == "__main__":

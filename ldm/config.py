@@ -1,11 +1,12 @@
-"""Model configuration, and how values from JSON and YAML files are read and converted. Must not import mindspore."""
+"""Model configuration, and how values from JSON and YAML files are read and converted.
+
+Must not import mindspore.
+"""
 
 import dataclasses
 import difflib
 import io
 import logging
-import os
-import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,10 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Sizes of the text encoder. `layers` counts the layers in use: OpenCLIP ViT-H has 24, SD2 stops after 23."""
+    """Sizes of the text encoder.
+
+    `layers` counts the layers in use: OpenCLIP ViT-H has 24, SD2 stops after 23.
+    """
 
     vocab_size: int
     context_length: int
@@ -98,22 +102,29 @@ class ModelConfig:
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of a picture must be multiples of this, in pixels."""
+        """Height and width of an image must be multiples of this, in pixels."""
         return self.autoencoder.downsampling * 2 ** (len(self.unet.channel_mult) - 1)
 
     def check_size(self, **sides: int) -> None:
         for name, pixels in sides.items():
             if pixels % self.size_multiple:
-                raise ConfigError(f"{name} {pixels}: a multiple of {self.size_multiple} is wanted")
+                raise ConfigError(f"{name} must be a multiple of {self.size_multiple}, got {pixels}")
 
 
 def find_configuration(path: str | Path) -> Path:
-    """A configuration file: where the path says, else beside this program, as the 2023 example looked for it. Raises ConfigError."""
+    """A configuration file: where the path says, else beside this program, as the 2023 example looked for it.
+
+    Raises ConfigError.
+    """
     given, beside = Path(path), PROGRAM / path
     if not given.is_file() and beside.is_file():
         return beside
-    there = ", ".join(str(file.relative_to(PROGRAM)) for file in sorted(PROGRAM.glob(f"configs/*{given.suffix or '.yaml'}")))
-    require_file(given, "configuration", f"beside the program there are {there}" if there else "check the path")
+    there = ", ".join(
+        str(file.relative_to(PROGRAM)) for file in sorted(PROGRAM.glob(f"configs/*{given.suffix or '.yaml'}"))
+    )
+    require_file(
+        given, "configuration", f"beside the program there are {there}" if there else "check the path"
+    )
     return given
 
 
@@ -124,16 +135,26 @@ def read_mapping(path: str | Path) -> dict:
         if Path(path).stat().st_size > LARGEST_CONFIGURATION:
             raise ValueError(f"larger than {LARGEST_CONFIGURATION} bytes")
         text = Path(path).read_text(encoding="utf-8")
-        if any(isinstance(event, AliasEvent) for event in parse(text)):  # a few nested ones are a file of gigabytes
+        if any(
+            isinstance(event, AliasEvent) for event in parse(text)
+        ):  # a few nested ones are a file of gigabytes
             raise ValueError("references (*name) are not read, write the values out")
         if "${" in text:  # these, too, unfold; and some read the environment
             raise ValueError("references (${name}) are not read, write the values out")
         loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        YAMLError,
+        OmegaConfBaseException,
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not readable as JSON or YAML: {reason}") from None
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: `key: value` pairs are wanted, found a {type(loaded).__name__}")
+        raise ConfigError(f"{path} must hold `key: value` pairs, got a {type(loaded).__name__}")
     return loaded
 
 
@@ -142,13 +163,19 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
-def convert(value, kind, name: str):
-    """`value` (from a flag or a file) as the type that the field is annotated with; ConfigError where it is not one."""
-    kinds = [k for k in typing.get_args(kind)] if typing.get_origin(kind) in (typing.Union, type(int | None)) else [kind]
+def parse_value(value, kind, name: str):
+    """`value` (from a flag or a file) as the type that the field is annotated with; ConfigError where it is
+    not one.
+    """
+    kinds = (
+        [k for k in typing.get_args(kind)]
+        if typing.get_origin(kind) in (typing.Union, type(int | None))
+        else [kind]
+    )
     if value is None or value == "None":
         if type(None) in kinds:
             return None
-        raise ConfigError(f"{name}: a value is wanted, found none")
+        raise ConfigError(f"{name} must have a value, got none")
     kind = next(k for k in kinds if k is not type(None))
     if typing.get_origin(kind) is tuple:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -156,9 +183,9 @@ def convert(value, kind, name: str):
         items = value.replace(",", " ").split() if isinstance(value, str) else value
         args = typing.get_args(kind)
         if not isinstance(items, (list, tuple)) or (args[-1] is not Ellipsis and len(items) != len(args)):
-            wanted = "a list" if args[-1] is Ellipsis else f"{len(args)} values"
-            raise ConfigError(f"{name}: {wanted} wanted, found {value!r}")
-        return tuple(convert(item, args[0], name) for item in items)
+            required = "a list" if args[-1] is Ellipsis else f"{len(args)} values"
+            raise ConfigError(f"{name} must be {required}, got {value!r}")
+        return tuple(parse_value(item, args[0], name) for item in items)
     if kind is bool:
         known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if str(value).lower() in known:
@@ -174,14 +201,14 @@ def convert(value, kind, name: str):
                 return int(number)
         except (ValueError, OverflowError):
             pass
-    wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
-    raise ConfigError(f"{name}: {wanted} wanted, found {value!r}")
+    required = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
+    raise ConfigError(f"{name} must be {required}, got {value!r}")
 
 
 def _build(cls, given, where: str):
     """A dataclass from a nested mapping, strictly."""
     if not isinstance(given, dict):
-        raise ConfigError(f"{where}: `key: value` pairs are wanted")
+        raise ConfigError(f"{where} must hold `key: value` pairs, got {given!r}")
     specs = {spec.name: spec for spec in dataclasses.fields(cls)}
     for key in given:
         if key not in specs:
@@ -194,12 +221,19 @@ def _build(cls, given, where: str):
         elif dataclasses.is_dataclass(spec.type):
             values[name] = _build(spec.type, given[name], f"{where}: {name}")
         else:
-            values[name] = convert(given[name], spec.type, f"{where}: {name}")
+            values[name] = parse_value(given[name], spec.type, f"{where}: {name}")
     return cls(**values)
 
 
-def read_model_config(path: str | Path) -> ModelConfig:
-    """The model configuration in a YAML or JSON file, this program's or one of mindone's of 2023. Raises ConfigError."""
+def read_model_config(path: str | Path, **sides: int) -> ModelConfig:
+    """The model configuration in a YAML or JSON file, this program's or one of mindone's of 2023.
+
+    Args:
+        sides: in pixels, of images that the model is to make, by the names of their options.
+
+    Raises:
+        ConfigError: it cannot be read, is not consistent, or cannot make images of that size.
+    """
     given = read_mapping(path)
     if is_mindone(given):
         try:
@@ -209,29 +243,31 @@ def read_model_config(path: str | Path) -> ModelConfig:
                 f"{path}: a configuration of mindone for other networks than Stable Diffusion 2 ({error}); "
                 "use configs/train_dreambooth_sd_v2.yaml"
             ) from None
-        logger.warning("%s: in mindone's layout of 2023; its sizes, precision, dropout and noise schedule are taken", path)
+        logger.warning(
+            "%s: in mindone's layout of 2023; its sizes, precision, dropout and noise schedule are taken",
+            path,
+        )
     config = _build(ModelConfig, given, str(path))
     unet, autoencoder, text = config.unet, config.autoencoder, config.text_encoder
     widths = [unet.model_channels * mult for mult in unet.channel_mult]
     wrong = [
         (unet.channel_mult[0] != 1, "unet: channel_mult must begin with 1"),
-        (unet.context_dim != text.width, f"unet: context_dim {unet.context_dim} is not the text encoder's width {text.width}"),
-        (unet.in_channels != autoencoder.latent_channels, "unet: in_channels is not the autoencoder's latent_channels"),
-        (any(w % unet.norm_groups or w % unet.head_channels for w in widths), f"unet: widths {widths} must divide into norm_groups and head_channels"),
-        (text.width % text.heads != 0, f"text_encoder: width {text.width} does not divide into {text.heads} heads"),
-        (config.noise_schedule.prediction_type not in ("epsilon", "v_prediction"), "noise_schedule: prediction_type is epsilon or v_prediction"),
-        (config.image_size % config.size_multiple != 0, f"image_size {config.image_size}: a multiple of {config.size_multiple} is wanted"),
-        (not 0 <= unet.dropout < 1, f"unet: dropout {unet.dropout} is a drop rate, 0 or more and less than 1"),
+        (unet.context_dim != text.width,
+        f"unet: context_dim {unet.context_dim} is not the text encoder's width {text.width}"),
+        (unet.in_channels != autoencoder.latent_channels,
+        "unet: in_channels is not the autoencoder's latent_channels"),
+        (any(w % unet.norm_groups or w % unet.head_channels for w in widths),
+        f"unet: widths {widths} must divide into norm_groups and head_channels"),
+        (text.width % text.heads != 0,
+        f"text_encoder: width {text.width} does not divide into {text.heads} heads"),
+        (config.noise_schedule.prediction_type not in ("epsilon", "v_prediction"),
+        "noise_schedule: prediction_type must be epsilon or v_prediction"),
+        (config.image_size % config.size_multiple != 0,
+        f"image_size must be a multiple of {config.size_multiple}, got {config.image_size}"),
+        (not 0 <= unet.dropout < 1, f"unet: dropout must be 0 or more and less than 1, got {unet.dropout}"),
     ]  # fmt: skip
     for condition, message in wrong:
         if condition:
             raise ConfigError(f"{path}: {message}")
+    config.check_size(**sides)
     return config
-
-
-def fail(command: str, error: Exception, at_once: bool = False) -> typing.NoReturn:
-    """End a command for an error that is the user's to mend: one line, exit status 2. `at_once`: without any farewell to other processes."""
-    print(f"{command}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True)
-    if at_once:
-        os._exit(2)
-    sys.exit(2)

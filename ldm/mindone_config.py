@@ -1,17 +1,27 @@
-"""The model configurations of mindone's 2023 examples, `model: {target, params}`: their values in this program's layout.
+"""The model configurations of mindone's 2023 examples, `model: {target, params}`: their values in this
+program's layout.
 
 Nothing that such a file names is imported. Must not import mindspore.
 """
 
+import logging
 from collections.abc import Mapping
 
 SAME_IN_UNET = (
-    "in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "context_dim",
+    "in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks",
+    "attention_resolutions", "context_dim",
 )  # fmt: skip
+logger = logging.getLogger(__name__)
 UNET, VAE = "UNetModel", "AutoencoderKL"
-TEXT = ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "FrozenCLIPEmbedder_ZH")  # the last, with a width of 1024, is SD2's in early files
+# the last, with a width of 1024, is SD2's in early files
+TEXT = (
+    "FrozenCLIPEmbedder",
+    "FrozenOpenCLIPEmbedder",
+    "FrozenCLIPEmbedder_ZH",
+)
 PREDICTIONS = {
-    "eps": "epsilon", "noise": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "velocity": "v_prediction",
+    "eps": "epsilon", "noise": "epsilon", "epsilon": "epsilon", "v": "v_prediction",
+    "velocity": "v_prediction",
     "v_prediction": "v_prediction",
 }  # fmt: skip
 
@@ -21,7 +31,9 @@ def is_mindone(given: Mapping) -> bool:
 
 
 def from_mindone(given: Mapping) -> dict:
-    """The mapping that a `ModelConfig` is built from. What the file leaves out is as mindone's networks have it by default.
+    """The mapping that a `ModelConfig` is built from.
+
+    What the file leaves out is as mindone's networks have it by default.
 
     Raises:
         ValueError: it describes networks that this program does not have.
@@ -39,7 +51,10 @@ def from_mindone(given: Mapping) -> dict:
             (unet_target.split(".")[-1] != UNET, f"unet_config is a {unet_target}"),
             (vae_target.split(".")[-1] != VAE, f"first_stage_config is a {vae_target}"),
             (text_target.split(".")[-1] not in TEXT, f"cond_stage_config is a {text_target}"),
-            (not unet.get("use_linear_in_transformer") or "num_head_channels" not in unet, "its UNet is that of Stable Diffusion 1"),
+            (
+                not unet.get("use_linear_in_transformer") or "num_head_channels" not in unet,
+                "its UNet is that of Stable Diffusion 1",
+            ),
             (unet.get("transformer_depth", 1) != 1, f"transformer_depth is {unet.get('transformer_depth')}"),
             (bool(sizes.get("attn_resolutions")), "its VAE has attention at several resolutions"),
             (prediction not in PREDICTIONS, f"parameterization is {prediction}"),
@@ -78,4 +93,22 @@ def from_mindone(given: Mapping) -> dict:
             },
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{error.args[0] if isinstance(error, KeyError) else error} is missing or not as expected") from None
+        raise ValueError(
+            f"{error.args[0] if isinstance(error, KeyError) else error} is missing or not as expected"
+        ) from None
+
+
+def say_what_is_new(warmup_steps: int, dropout: float) -> None:
+    """Log what configuration files of 2023 bring with them and have not had the same effect then."""
+    if warmup_steps:
+        text = (
+            "warming up over the first %d updates (the 2023 example ignored warmup_steps: its rate was "
+            "constant, as with 0)"
+        )
+        logger.info(text, warmup_steps)
+    if dropout:
+        text = (
+            "dropout %g in the UNet: what it drops differs from run to run, so no run is repeated or "
+            "resumed bit by bit"
+        )
+        logger.warning(text, dropout)

@@ -1,12 +1,13 @@
 """The processes of a data-parallel training: how they were started, who does what, what they tell each other.
 
-`mpirun` (OpenMPI), `msrun` or a rank table start one process a device. On Ascend MindSpore's own `init` knows all three (HCCL). On a
-CPU its collectives know msrun only: under mpirun the processes meet at a TCP store that rank 0 opens.
+`mpirun` (OpenMPI), `msrun` or a rank table start one process per device. On Ascend MindSpore's own `init`
+knows all three (HCCL). On a CPU its collectives know msrun only: under mpirun the processes meet at a TCP
+store that rank 0 opens.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -19,14 +20,17 @@ TIMEOUT_SECONDS = 3600  # how long a process waits for another that compiles, en
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size`: number `rank`, from 0. A process alone is rank 0 of 1, for which nothing below costs anything."""
+    """This process among `size`: number `rank`, from 0.
+
+    A process alone is rank 0 of 1, for which nothing below costs anything.
+    """
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes checkpoints, log and pictures."""
+        """Whether this process writes checkpoints, log and images."""
         return self.rank == 0
 
     def share(self, items: Sequence) -> Sequence:
@@ -62,6 +66,21 @@ class Ranks:
         """Return when all processes have come here."""
         self.total(np.zeros(1, np.float32))
 
+    def divide(self, look: Callable[[], Sequence], do: Callable[[Sequence], None]) -> Sequence:
+        """Have done what is missing, each process its share of it.
+
+        Returns what is missing now, for lack of a common disk.
+
+        Args:
+            look: says what is missing. All processes have looked before one of them does anything.
+            do: does the given part of it.
+        """
+        missing = look()
+        self.wait()
+        do(self.share(missing))
+        self.wait()
+        return look() if missing and self.size > 1 else []
+
     def any(self, flag: bool) -> bool:
         return bool(self.total(np.array([flag], np.float32))[0])
 
@@ -72,7 +91,8 @@ class Ranks:
         digest = hashlib.sha256()
         for array in arrays:
             digest.update(np.ascontiguousarray(array))
-        mine = np.frombuffer(digest.digest()[:16], np.uint8).astype(np.float32)  # whole numbers up to 255: exact in float32
+        # whole numbers up to 255: exact in float32
+        mine = np.frombuffer(digest.digest()[:16], np.uint8).astype(np.float32)
         table = np.zeros((self.size, len(mine)), np.float32)
         table[self.rank] = mine
         table = self.total(table)
@@ -97,25 +117,41 @@ def check_launch(use_parallel: bool) -> None:
     """Raises ValueError where option and launch do not fit."""
     found = launcher()
     if use_parallel and not found:
-        raise ValueError("use_parallel=True, but nothing started several processes: use mpirun -n 2 python ... or msrun --worker_num=2 ...")
+        raise ValueError(
+            "use_parallel=True, but nothing started several processes: use mpirun -n 2 python ... or msrun "
+            "--worker_num=2 ..."
+        )
     sizes = {"mpirun": "OMPI_COMM_WORLD_SIZE", "msrun": "MS_WORKER_NUM", "a rank table": "RANK_SIZE"}
     if found and not use_parallel and os.environ.get(sizes[found]) != "1":
         raise ValueError(
-            f"started by {found}, but without --use_parallel=True each process would train by itself: give it, or start one process"
+            f"{found} started several processes: add --use_parallel=True, or start the command without "
+            f"{found}"
         )
 
 
-def join(device: str) -> Ranks:
-    """Join the other processes; the device is chosen already. Raises RuntimeError where they do not come together."""
+def join(device: str, use_parallel: bool) -> Ranks:
+    """Join the other processes, if there are any; the device is chosen already. msrun's scheduler ends in
+    here.
+
+    Raises:
+        RuntimeError: they do not come together.
+    """
+    if not use_parallel:
+        return ALONE
     from mindspore import communication, set_auto_parallel_context
 
     if device == "CPU":
-        # MindSpore's default of 30 seconds is for a peer that computes, not for one that compiles or writes a checkpoint.
+        # MindSpore's default of 30 seconds is for a peer that computes, not for one that compiles or writes a
+        # checkpoint.
         os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", str(TIMEOUT_SECONDS))
     if device == "CPU" and launcher() == "mpirun":
-        return _join_by_store(int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"]))
+        return _join_by_store(
+            int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"])
+        )
     communication.init()
-    if device == "Ascend":  # gradients travel in pieces of 64 MB while the backward pass goes on (docs/scaling.md; never run)
+    if (
+        device == "Ascend"
+    ):  # gradients travel in pieces of 64 MB while the backward pass goes on (docs/scaling.md; never run)
         set_auto_parallel_context(comm_fusion={"allreduce": {"mode": "size", "config": 64}})
     return Ranks(communication.get_rank(), communication.get_group_size())
 
@@ -125,11 +161,14 @@ def _join_by_store(rank: int, size: int) -> Ranks:
         from mindspore.communication.management import _init_with_store
         from mindspore.mint.distributed import TCPStore
     except ImportError:
-        raise ValueError("mpirun on a CPU needs MindSpore 2.10: this version has no way to join; use msrun") from None
+        raise ValueError(
+            "mpirun on a CPU needs MindSpore 2.10: this version has no way to join; use msrun"
+        ) from None
     os.environ.setdefault("RANK_ID", str(rank)), os.environ.setdefault("RANK_SIZE", str(size))
     # The job's name is the same in all its processes and differs between jobs of a machine.
     job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("OMPI_MCA_ess_base_jobid", "")
-    host, port = os.environ.get("MS_STORE_HOST", "127.0.0.1"), int(os.environ.get("MS_STORE_PORT", 20000 + crc32(job.encode()) % 10000))
+    host = os.environ.get("MS_STORE_HOST", "127.0.0.1")
+    port = int(os.environ.get("MS_STORE_PORT", 20000 + crc32(job.encode()) % 10000))
     limit = timedelta(seconds=TIMEOUT_SECONDS)
     _init_with_store("mccl", limit, size, rank, TCPStore(host, port, size, rank == 0, limit))
     return Ranks(rank, size)

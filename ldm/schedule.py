@@ -8,6 +8,20 @@ import numpy as np
 from ldm.config import ScheduleConfig
 
 
+def add_noise(latents, noise, signal, level):
+    """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020, eq. 4); arrays or tensors.
+
+    Args:
+        signal, level: sqrt_alpha and sqrt_one_minus_alpha of the schedule at t.
+    """
+    return signal * latents + level * noise
+
+
+def velocity(latents, noise, signal, level):
+    """v at x_t, what the network answers with `v_prediction` (Salimans & Ho 2022, appendix D)."""
+    return signal * noise - level * latents
+
+
 class NoiseSchedule:
     """Scaled-linear betas (Rombach et al. 2022): the square roots of beta are spaced evenly.
 
@@ -25,16 +39,6 @@ class NoiseSchedule:
         self.sqrt_alpha = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alpha = np.sqrt(1 - self.alphas_cumprod)
 
-    def add_noise(self, latents: np.ndarray, noise: np.ndarray, t) -> np.ndarray:
-        """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020, eq. 4)."""
-        return self.sqrt_alpha[t] * latents + self.sqrt_one_minus_alpha[t] * noise
-
-    def target(self, latents: np.ndarray, noise: np.ndarray, t) -> np.ndarray:
-        """What the network should answer at x_t: the noise, or v (Salimans & Ho 2022, appendix D)."""
-        if self.prediction_type == "epsilon":
-            return noise
-        return self.sqrt_alpha[t] * noise - self.sqrt_one_minus_alpha[t] * latents
-
     def to_eps(self, prediction: np.ndarray, x_t: np.ndarray, t: int) -> np.ndarray:
         """The noise in x_t according to the prediction."""
         if self.prediction_type == "epsilon":
@@ -46,15 +50,19 @@ class NoiseSchedule:
         return (x_t - self.sqrt_one_minus_alpha[t] * self.to_eps(prediction, x_t, t)) / self.sqrt_alpha[t]
 
     def strided_timesteps(self, steps: int) -> np.ndarray:
-        """`steps` time steps, falling, at equal strides from 1 on: the rule of DDIM and PLMS in Stable Diffusion."""
+        """`steps` time steps, falling, at equal strides from 1 on: the rule of DDIM and PLMS in Stable
+        Diffusion.
+        """
         self._check(steps)
         return (np.arange(steps) * (self.timesteps // steps) + 1)[::-1].clip(max=self.timesteps - 1)
 
     def spaced_timesteps(self, steps: int) -> np.ndarray:
-        """`steps` time steps, falling, evenly spaced from the last to (not with) 0: the rule of the DPM solvers."""
+        """`steps` time steps, falling, evenly spaced from the last to (not with) 0: the rule of the DPM
+        solvers.
+        """
         self._check(steps)
         return np.linspace(0, self.timesteps - 1, steps + 1).round()[:0:-1].astype(int)
 
     def _check(self, steps: int) -> None:
         if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"sampling_steps {steps}: 1 to {self.timesteps} wanted")
+            raise ValueError(f"sampling_steps must be 1 to {self.timesteps}, got {steps}")

@@ -1,7 +1,7 @@
 """The byte-pair tokenizer of CLIP (Radford et al. 2021, section 2.4): a prompt becomes 77 token ids.
 
-Follows the conventions of OpenCLIP, which trained Stable Diffusion 2's text encoder: lower case, ids padded with 0.
-The vocabulary file is OpenAI's (MIT, see THIRD_PARTY_NOTICES.md). Knows no network.
+Follows the conventions of OpenCLIP, which trained Stable Diffusion 2's text encoder: lower case, ids padded
+with 0. The vocabulary file is OpenAI's (MIT, see THIRD_PARTY_NOTICES.md). Knows no network.
 """
 
 import gzip
@@ -19,13 +19,21 @@ VOCABULARY_FILE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 VOCABULARY_SIZE = 49408
 START, END = "<start_of_text>", "<end_of_text>"
 MERGES = VOCABULARY_SIZE - 2 * 256 - 2
-WORDS = regex.compile(rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
+WORDS = regex.compile(
+    rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
+)
 logger = logging.getLogger(__name__)
 
 
 def _byte_symbols() -> dict[int, str]:
-    """A printable character for every byte, in the order of the vocabulary: Latin-1's own, then U+0100 upwards."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """A printable character for every byte, in the order of the vocabulary: Latin-1's own, then U+0100
+    upwards.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
@@ -39,13 +47,20 @@ class Tokenizer:
 
     def __init__(self, context_length: int = 77) -> None:
         if context_length < 2:
-            raise ValueError(f"context_length {context_length}: needs room for the start and end marks, 2 at the least")
+            raise ValueError(
+                f"context_length {context_length}: needs room for the start and end marks, 2 at the least"
+            )
         self.context_length = context_length
         lines = gzip.decompress(VOCABULARY_FILE.read_bytes()).decode("utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines[1 : MERGES + 1]]
         self._symbols = _byte_symbols()
         letters = list(self._symbols.values())
-        names = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges] + [START, END]
+        names = (
+            letters
+            + [letter + "</w>" for letter in letters]
+            + ["".join(pair) for pair in merges]
+            + [START, END]
+        )
         self._ids = {name: index for index, name in enumerate(names)}
         self._names = names
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
@@ -53,7 +68,9 @@ class Tokenizer:
         self.start_id, self.end_id = self._ids[START], self._ids[END]
 
     def _merge(self, word: str) -> tuple[int, ...]:
-        """The ids of one word (of byte symbols): the pair of lowest rank is joined, everywhere, until none is left."""
+        """The ids of one word (of byte symbols): the pair of lowest rank is joined, everywhere, until none is
+        left.
+        """
         if word in (START, END):
             return (self._ids[word],)
         parts = [*word[:-1], word[-1] + "</w>"]
@@ -80,10 +97,15 @@ class Tokenizer:
         """The text of ids, cleaned and in lower case as the tokenizer saw it."""
         of_symbol = {symbol: byte for byte, symbol in self._symbols.items()}
         text = "".join(self._names[index] for index in ids).replace("</w>", " ")
-        return bytes(b for s in text for b in ([of_symbol[s]] if s in of_symbol else s.encode())).decode("utf-8", "replace")
+        return bytes(b for s in text for b in ([of_symbol[s]] if s in of_symbol else s.encode())).decode(
+            "utf-8", "replace"
+        )
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Token ids (B, context_length) int32. A prompt that does not fit is cut; a warning quotes what was lost."""
+        """Token ids (B, context_length) int32.
+
+        A prompt that does not fit is cut; a warning quotes what was lost.
+        """
         token_ids = np.zeros((len(prompts), self.context_length), np.int32)
         room = self.context_length - 2
         for row, prompt in zip(token_ids, prompts):

@@ -1,4 +1,6 @@
-"""The demonstration that scripts/demo.sh runs: train, draw before and after, judge, put it all on one picture."""
+"""The demonstration that scripts/demo.sh runs: train, draw before and after, judge, put it all on one
+picture.
+"""
 
 import subprocess
 import sys
@@ -12,8 +14,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts/tiny_model")]
 import evaluate_tiny
 from evaluate_tiny import BASE, CONFIG, NEW_PLACES, Evaluation
 
-from ldm import device as runtime
 from ldm import images
+from ldm.device import start_device
 
 SUBJECT = "penguin"
 EXAMPLES = ROOT / "examples" / SUBJECT
@@ -31,31 +33,43 @@ def main() -> None:
     subprocess.run([sys.executable, "train_dreambooth.py", *options], cwd=ROOT, check=True)
     trained = time.time()
     print("drawing and judging: two minutes", flush=True)
-    runtime.start_device("auto", mode=0)
+    start_device("auto", mode=0)
     tuned = next(output.glob("dreambooth_epoch_*.ckpt"))
     evaluation = Evaluation(output / "sheets", each=1)
-    before, after = (evaluation.asked(checkpoint, SUBJECT) for checkpoint in (BASE, tuned))
-    by_class = evaluation.artist(tuned, [f"a {SUBJECT} {place}" for place in NEW_PLACES], seed=2)
-    base = evaluation.of_base(SUBJECT)
-    figures = {"base_subject": base["base_subject"]} | evaluation.tuned(tuned, SUBJECT, base, SUBJECT)
+    before, after = (
+        evaluation.draw_subject_in_new_places(checkpoint, SUBJECT) for checkpoint in (BASE, tuned)
+    )
+    by_class = evaluation.drawer(tuned, [f"a {SUBJECT} {place}" for place in NEW_PLACES], seed=2)
+    base = evaluation.base_figures(SUBJECT)
+    figures = {"base_subject": base["base_subject"]} | evaluation.figures_of(tuned, SUBJECT, base, SUBJECT)
     rows = [
-        ("the five pictures of the subject", np.stack([np.asarray(images.read_image(p)) for p in sorted(EXAMPLES.glob("*.png"))])),
+        (
+            "the five pictures of the subject",
+            np.stack([np.asarray(images.read_image(p)) for p in sorted(EXAMPLES.glob("*.png"))]),
+        ),
         ('before: "a sks penguin ..."', before[: len(NEW_PLACES)]),
         ('after: "a sks penguin ..."', after[: len(NEW_PLACES)]),
         ('after: "a penguin ..." (the class is not forgotten)', by_class),
     ]
     strips = [images.with_caption(enlarge(pictures), caption) for caption, pictures in rows]
     width = max(strip.shape[1] for strip in strips)
-    padded = [np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips]
+    padded = [
+        np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips
+    ]
     images.save_image(np.concatenate(padded), output / "demo.png")
     evaluate_tiny.show(
-        "This run, judged by a network that never saw a drawn picture:", [evaluate_tiny.row(k, [v]) for k, v in figures.items()]
+        "This run, judged by a network that never saw a drawn picture:",
+        [evaluate_tiny.row(k, [v]) for k, v in figures.items()],
     )
     columns = ", ".join(NEW_PLACES)
     print(f"training {trained - start:.0f} s, all {time.time() - start:.0f} s; columns: {columns}")
-    print(f"Look at {(output / 'demo.png').relative_to(ROOT)} and {(output / 'sheets' / SUBJECT).relative_to(ROOT)}.png")
     print(
-        f"Draw: .venv/bin/python text_to_image.py --config {CONFIG.relative_to(ROOT)}.yaml --ckpt_path {tuned.relative_to(ROOT)} "
+        f"Look at {(output / 'demo.png').relative_to(ROOT)} and "
+        f"{(output / 'sheets' / SUBJECT).relative_to(ROOT)}.png"
+    )
+    print(
+        f"Draw: .venv/bin/python text_to_image.py --config {CONFIG.relative_to(ROOT)}.yaml --ckpt_path "
+        f"{tuned.relative_to(ROOT)} "
         '--ddim --sampling_steps 25 --scale 3 --prompt "a sks penguin on the street"'
     )
 

@@ -1,7 +1,7 @@
 # Sourced by the other scripts: makes .venv at the root (once) and installs the given requirement files into it.
 # usage: source scripts/environment.sh REQUIREMENTS...
 python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' ||
-  { echo "Python 3.10 to 3.12 is wanted, found $(python3 --version)" >&2; exit 1; }
+  { echo "Python must be 3.10 to 3.12, got $(python3 --version)" >&2; exit 1; }
 [ -x .venv/bin/python ] || python3 -m venv .venv
 for requirements in "$@"; do
   stamp=.venv/$(basename "$requirements").installed

@@ -90,7 +90,7 @@ case "${launcher:-msrun}" in
     done
     ;;
   *)
-    echo "launcher=$launcher: msrun, mpirun or rank_table is wanted" >&2
+    echo "launcher must be msrun, mpirun or rank_table, got $launcher" >&2
     exit 2
     ;;
 esac

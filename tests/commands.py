@@ -1,4 +1,4 @@
-"""Running the commands as a user does: in a folder of their own, on the small model of the fixture `place`."""
+"""Running the commands as a user does, in a folder of their own: the fixture `place`."""
 
 import os
 import subprocess
@@ -15,15 +15,19 @@ def environment(place) -> dict[str, str]:
 
 def run(place, *arguments, status=0, script=ROOT / "train_dreambooth.py", **variables):
     command = [sys.executable, str(script), *arguments]
-    done = subprocess.run(command, cwd=place, env=environment(place) | variables, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        command, cwd=place, env=environment(place) | variables, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == status, done.stderr[-3000:]
     return done
 
 
 def train_arguments() -> list[str]:
     return [
-        "--train_config=train.yaml", "--model_config=model.yaml", "--pretrained_model_file=base.ckpt", "--epochs=2",
-        "--instance_data_dir=my dog", "--instance_prompt=a sks dog", "--class_data_dir=classes/dog", "--class_prompt=a dog",
+        "--train_config=train.yaml", "--model_config=model.yaml", "--pretrained_model_file=base.ckpt",
+        "--epochs=2",
+        "--instance_data_dir=my dog", "--instance_prompt=a sks dog", "--class_data_dir=classes/dog",
+        "--class_prompt=a dog",
         "--num_class_images=3", "--train_batch_size=2", "--start_learning_rate=1e-4",
     ]  # fmt: skip
 
@@ -35,7 +39,9 @@ def train(place, *extra, status=0):
 def start(place, *extra, **options) -> subprocess.Popen:
     """A training that goes on while the test looks on."""
     arguments = [sys.executable, str(ROOT / "train_dreambooth.py"), *train_arguments(), *extra]
-    return subprocess.Popen(arguments, cwd=place, env=environment(place), stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        arguments, cwd=place, env=environment(place), stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def wait_for(condition, seconds=200) -> None:

@@ -1,4 +1,4 @@
-"""Small models with random weights, and the same weights in PyTorch's networks as the independent reference."""
+"""Small models with random weights, and the same weights in PyTorch's networks as the reference."""
 
 import dataclasses
 import os
@@ -26,8 +26,10 @@ from ldm.config import (  # noqa: E402
     UNetConfig,
 )
 from ldm.networks.latent_diffusion import build_model  # noqa: E402
+from ldm.sampling.text_to_image import TextToImage  # noqa: E402
 from ldm.weights.checkpoint import save_weights, weights_of  # noqa: E402
-from ldm.weights.diffusers_names import diffusers_configs, to_diffusers  # noqa: E402
+from ldm.weights.diffusers_folder import diffusers_configs  # noqa: E402
+from ldm.weights.diffusers_names import to_diffusers  # noqa: E402
 
 ms.set_context(mode=ms.GRAPH_MODE)
 torch.set_num_threads(2)
@@ -82,7 +84,10 @@ def torch_networks(weights: dict[str, np.ndarray], config: ModelConfig):
     )
     for network, part in zip(networks, ("unet", "vae", "text_encoder")):
         names = network.state_dict().keys()
-        given = {k if k in names else k.removeprefix("text_model."): torch.from_numpy(v.copy()) for k, v in parts[part].items()}
+        given = {
+            k if k in names else k.removeprefix("text_model."): torch.from_numpy(v.copy())
+            for k, v in parts[part].items()
+        }
         network.load_state_dict(given, strict=True)
         network.eval()
     return networks
@@ -90,7 +95,9 @@ def torch_networks(weights: dict[str, np.ndarray], config: ModelConfig):
 
 def relative_error(ours, reference) -> float:
     """max |a - b| / max |b|."""
-    ours, reference = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x, np.float64) for x in (ours, reference))
+    ours, reference = (
+        np.asarray(x.detach() if isinstance(x, torch.Tensor) else x, np.float64) for x in (ours, reference)
+    )
     assert ours.shape == reference.shape
     return float(np.abs(ours - reference).max() / np.abs(reference).max())
 
@@ -119,8 +126,16 @@ def place(tmp_path_factory) -> Path:
     OmegaConf.save(dataclasses.asdict(SHALLOW), folder / "model.yaml")
     save_weights(weights_of(random_model(SHALLOW)), folder / "models/base.ckpt")
     write_pictures(folder / "my dog", 5)
-    (folder / "train.yaml").write_text("sampling_steps: 2\nsample_batch_size: 2\nimage_size: 32\ntrain_data_repeats: 1\n")
+    (folder / "train.yaml").write_text(
+        "sampling_steps: 2\nsample_batch_size: 2\nimage_size: 32\ntrain_data_repeats: 1\n"
+    )
     return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> TextToImage:
+    """Of a small random model; its graphs are compiled once."""
+    return TextToImage(random_model(SHALLOW), SHALLOW)
 
 
 @pytest.fixture(params=[SHALLOW, DEEP], ids=["shallow", "deep"])

@@ -12,24 +12,47 @@ from conftest import ROOT
 
 def test_bench_writes_figures_of_both_sides(tmp_path):
     file = tmp_path / "bench.json"
-    command = [sys.executable, ROOT / "scripts/bench/bench.py", "--preset=smoke", "--figures=step_cached", "--rounds=1", f"--json={file}"]
+    command = [
+        sys.executable,
+        ROOT / "scripts/bench/bench.py",
+        "--preset=smoke",
+        "--figures=step_cached",
+        "--rounds=1",
+        f"--json={file}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report = json.loads(file.read_text())
     step, peak = report["figures"]
     assert (step["name"], peak["name"]) == ("train_step_cached", "peak_memory_train_step_cached")
     for figure in (step, peak):
-        assert figure["ours"] > 0 and figure["peer"] > 0 and figure["ratio"] == figure["ours"] / figure["peer"], figure
+        assert (
+            figure["ours"] > 0 and figure["peer"] > 0 and figure["ratio"] == figure["ours"] / figure["peer"]
+        ), figure
         assert figure["name"] in done.stdout and figure["name"] in done.stderr
-    assert report["preset"] == "smoke" and report["processor"] and report["versions"].keys() >= {"mindspore", "torch"}
+    assert (
+        report["preset"] == "smoke"
+        and report["processor"]
+        and report["versions"].keys() >= {"mindspore", "torch"}
+    )
 
 
 def test_a_side_that_dies_leaves_a_row_that_says_so(tmp_path):
     preset = bench.presets()["smoke"]
     runs = bench.Runs(preset, 2, tmp_path)
     runs.results["ours", ("task", "decode")] = [{"error": "killed by signal 9"}]
-    runs.results["peer", ("task", "decode")] = [{"seconds": [1.0, 3.0], "peak_gib": 4.0}, {"seconds": [2.0], "peak_gib": 5.0}]
+    runs.results["peer", ("task", "decode")] = [
+        {"seconds": [1.0, 3.0], "peak_gib": 4.0},
+        {"seconds": [2.0], "peak_gib": 5.0},
+    ]
     figure, memory = bench.figures("decode", runs)
-    assert figure == {"name": "vae_decode", "ours": None, "peer": 2.0, "ratio": None, "unit": "s", "error": "ours: killed by signal 9"}
+    assert figure == {
+        "name": "vae_decode",
+        "ours": None,
+        "peer": 2.0,
+        "ratio": None,
+        "unit": "s",
+        "error": "ours: killed by signal 9",
+    }
     assert (memory["name"], memory["ours"], memory["peer"]) == ("peak_memory_vae_decode", None, 5.0)
     assert bench.line(figure).endswith("killed by signal 9")
 
@@ -40,5 +63,7 @@ def test_profile_names_operators_and_their_shapes(tmp_path):
     groups = {row["group"]: row["ms"] for row in profile_step.totals(result["operators"], "group")}
     assert groups.keys() >= {"convolution", "matrix product", "attention", "clipping, optimizer"}
     assert all(row["calls"] == 1 for row in result["operators"])
-    assert any(row["kind"] == "Im2Col" and row["shapes"].endswith("[2, 4, 16, 16]") for row in result["operators"])
+    assert any(
+        row["kind"] == "Im2Col" and row["shapes"].endswith("[2, 4, 16, 16]") for row in result["operators"]
+    )
     assert group_of("Softmax", "Default/a/softmax_attention-SoftmaxAttention/Softmax-op0") == "attention"

@@ -24,7 +24,9 @@ def losses(place, folder):
 
 
 def test_training_leaves_what_it_promises(place, trained):
-    assert sorted(p.name for p in (place / "classes/dog").iterdir()) == [f"class_{n:05d}.png" for n in range(3)]
+    assert sorted(p.name for p in (place / "classes/dog").iterdir()) == [
+        f"class_{n:05d}.png" for n in range(3)
+    ]
     names = {
         "dreambooth_epoch_1.ckpt",
         "dreambooth_epoch_2.ckpt",
@@ -35,14 +37,26 @@ def test_training_leaves_what_it_promises(place, trained):
     }
     # no state: it was not stopped, and done in less than 15 minutes
     assert {p.name for p in (place / "out").iterdir()} == names | {".lock", "run.json"}
-    assert sorted(p.name for p in place.iterdir()) == ["cache", "classes", "model.yaml", "models", "my dog", "out", "train.yaml"]
+    assert sorted(p.name for p in place.iterdir()) == [
+        "cache",
+        "classes",
+        "model.yaml",
+        "models",
+        "my dog",
+        "out",
+        "train.yaml",
+    ]
     effective = json.loads((place / "out/effective_config.json").read_text())
-    assert effective["options"]["random_flip"] is False
+    used = effective["options"]  # nothing is left open
+    assert (used["random_flip"], used["recompute"], used["device"]) == (False, False, "CPU")
     assert effective["options"]["sampling_steps"] == 2 and effective["model"]["unet"]["model_channels"] == 32
     assert len(losses(place, "out")) == 5  # 10 samples in twos
     log = (place / "out/train.log").read_text()
     assert "step 5/5 epoch 2" in log and "images/s" in log and "instance" in log
-    base, tuned = read_checkpoint(place / "models/base.ckpt"), read_checkpoint(place / "out/dreambooth_epoch_2.ckpt")
+    base, tuned = (
+        read_checkpoint(place / "models/base.ckpt"),
+        read_checkpoint(place / "out/dreambooth_epoch_2.ckpt"),
+    )
     changed = {name for name in base if not np.array_equal(base[name], tuned[name])}
     assert base.keys() == tuned.keys() and all(not name.startswith("first_stage_model") for name in changed)
     assert any(name.startswith("cond_stage_model") for name in changed) and len(changed) > 0.9 * len(
@@ -54,30 +68,48 @@ def test_a_second_run_samples_nothing_and_gives_the_same_losses(place, trained):
     before = {path: path.stat().st_mtime_ns for path in (place / "classes/dog").iterdir()}
     second = train(place, "--output_path=again")
     assert {path: path.stat().st_mtime_ns for path in (place / "classes/dog").iterdir()} == before
-    assert "sampling" not in second.stderr
+    assert "generating" not in second.stderr
     assert losses(place, "again") == losses(place, "out")
-    assert "latents: 0 there, encoding 8" in trained.stderr and "latents: 8 there, encoding 0" in second.stderr
+    assert (
+        "latents: 0 cached, 8 to encode" in trained.stderr
+        and "latents: 8 cached, 0 to encode" in second.stderr
+    )
     assert len(list((place / "cache/dreambooth-mindspore/latents").iterdir())) == 8
     graphs = {path: path.stat().st_mtime_ns for path in (place / "cache").rglob("*.mindir")}
     third = train(place, "--output_path=cached")  # now every graph comes from the compile cache
     assert losses(place, "cached") == losses(place, "out") and "compile cache" in third.stderr
-    assert graphs and {path: path.stat().st_mtime_ns for path in (place / "cache").rglob("*.mindir")} == graphs
+    assert (
+        graphs and {path: path.stat().st_mtime_ns for path in (place / "cache").rglob("*.mindir")} == graphs
+    )
 
 
 def test_drawing(place, trained):
     arguments = [
-        "--config=model.yaml", "--ckpt_path=out/dreambooth_epoch_2.ckpt", "--prompt=a sks dog on the hill", "--sampling_steps=3",
+        "--config=model.yaml", "--ckpt_path=out/dreambooth_epoch_2.ckpt", "--prompt=a sks dog on the hill",
+        "--sampling_steps=3",
         "--n_iter=2", "--n_samples=2", "--output_path=drawn",
     ]  # fmt: skip
     script = ROOT / "text_to_image.py"
     run(place, *arguments, script=script)
     samples = sorted((place / "drawn/samples").iterdir())
     assert [path.name for path in samples] == [f"{n:05d}.png" for n in range(4)]
-    assert Image.open(samples[0]).size == (32, 32) and Image.open(place / "drawn-grid-00000.png").size == (70, 70)
+    assert Image.open(samples[0]).size == (32, 32) and Image.open(place / "drawn-grid-00000.png").size == (
+        70,
+        70,
+    )
     pixels = [path.read_bytes() for path in samples]
     assert len(set(pixels)) == 4
     (place / "prompts.txt").write_text("a sks dog on the hill\na cat\n")
-    more = ["--from-file=prompts.txt", "--n_iter=1", "--fixed_code", "--ddim", "--ddim_eta=0.5", "--n_rows=1", "--H=40", "--W=32"]
+    more = [
+        "--from-file=prompts.txt",
+        "--n_iter=1",
+        "--fixed_code",
+        "--ddim",
+        "--ddim_eta=0.5",
+        "--n_rows=1",
+        "--H=40",
+        "--W=32",
+    ]
     run(place, *arguments, *more, script=script)
     assert len(list((place / "drawn/samples").iterdir())) == 8  # nothing is overwritten
     assert [path.read_bytes() for path in samples] == pixels
@@ -91,31 +123,40 @@ class Drawer:
     def __init__(self, model, config) -> None:
         pass
 
-    def __call__(self, prompts, negative_prompts, seeds, *, height, width, **settings) -> np.ndarray:
-        pictures = np.zeros((len(prompts), height, width, 3), np.uint8)
+    def __call__(self, prompts, negative_prompts, seeds, settings, on_step) -> np.ndarray:
+        pictures = np.zeros((len(prompts), settings.height, settings.width, 3), np.uint8)
         for picture, prompt, (seed, number) in zip(pictures, prompts, seeds):
             picture[:] = ord(prompt[0]), seed, number
         return pictures
 
 
 @pytest.mark.parametrize("extra, wanted", [
-    # 3 prompts, 2 rounds, 2 pictures: files in blocks of a prompt, each picture drawn from the number that it always had
-    ([], [("a", 0), ("a", 1), ("a", 6), ("a", 7), ("b", 2), ("b", 3), ("b", 8), ("b", 9), ("c", 4), ("c", 5), ("c", 10), ("c", 11)]),
-    (["--fixed_code"], [(prompt, number % 2) for prompt in "abc" for number in range(4)]),  # one start for all
+    # 3 prompts, 2 rounds, 2 pictures: files in blocks of a prompt, each picture drawn from the number that it
+    # always had
+    ([], [("a", 0), ("a", 1), ("a", 6), ("a", 7), ("b", 2), ("b", 3), ("b", 8), ("b", 9), ("c", 4), ("c", 5),
+    ("c", 10), ("c", 11)]),
+    # one start for all
+    (["--fixed_code"], [(prompt, number % 2) for prompt in "abc" for number in range(4)]),
 ])  # fmt: skip
 def test_pictures_come_prompt_by_prompt(place, tmp_path, monkeypatch, extra, wanted):
     import text_to_image
     from ldm.sampling import text_to_image as pipeline
 
     monkeypatch.setattr(pipeline, "TextToImage", Drawer)
+    monkeypatch.setattr(text_to_image, "start_device", lambda *_: "CPU")  # it was started by an earlier test
     (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
     text_to_image.main([
-        f"--config={place / 'model.yaml'}", f"--ckpt_path={place / 'models/base.ckpt'}", f"--data_path={tmp_path / 'prompts.txt'}",
-        "--n_samples=2", "--n_iter=2", "--seed=7", f"--output_path={tmp_path / 'out'}", "--compile_cache=False", *extra,
+        f"--config={place / 'model.yaml'}", f"--ckpt_path={place / 'models/base.ckpt'}",
+        f"--data_path={tmp_path / 'prompts.txt'}",
+        "--n_samples=2", "--n_iter=2", "--seed=7", f"--output_path={tmp_path / 'out'}",
+        "--compile_cache=False", *extra,
     ])  # fmt: skip
-    files = sorted((tmp_path / "out").rglob("*.png"))  # as a program does that judges pictures: no grid among them
+    # as a program does that judges pictures: no grid among them
+    files = sorted((tmp_path / "out").rglob("*.png"))
     assert [path.name for path in files] == [f"{n:05d}.png" for n in range(12)]
-    assert [tuple(np.asarray(Image.open(path))[0, 0]) for path in files] == [(ord(prompt), 7, number) for prompt, number in wanted]
+    assert [tuple(np.asarray(Image.open(path))[0, 0]) for path in files] == [
+        (ord(prompt), 7, number) for prompt, number in wanted
+    ]
     assert (tmp_path / "out-grid-00000.png").exists()
 
 
@@ -141,16 +182,22 @@ def test_mistakes_end_with_one_line(place, tmp_path, trained):
         "--epohcs=1": "did you mean --epochs?",
         "--pretrained_model_file=none.ckpt": "no such file",
         "--pretrained_model_file=short.ckpt": f"missing: 1 ({lost})",
-        f"--instance_data_dir={tmp_path / 'empty'}": "no pictures found",
-        f"--instance_data_dir={tmp_path / 'text'}": "picture.jpg: not a readable picture",
-        "--image_size=33": "a multiple of 4 is wanted",
+        f"--instance_data_dir={tmp_path / 'empty'}": "no images found",
+        f"--instance_data_dir={tmp_path / 'text'}": "picture.jpg: not a readable image",
+        "--image_size=33": "image_size must be a multiple of 4, got 33",
         "--device=Ascend": "no Ascend device",
-        "--output_path=out": "holds dreambooth_epoch_2.ckpt of an earlier run; give another folder, or --resume=latest",
+        "--output_path=out": "holds dreambooth_epoch_2.ckpt of an earlier run; give another folder, or",
     }
     for flag, wanted in cases.items():
-        errors = [line for line in train(place, "--output_path=failed", flag, status=2).stderr.splitlines() if " INFO " not in line]
+        errors = [
+            line
+            for line in train(place, "--output_path=failed", flag, status=2).stderr.splitlines()
+            if " INFO " not in line
+        ]
         print("\n".join(errors))
-        assert len(errors) == 1 and wanted in errors[0] and errors[0].startswith("train_dreambooth.py: error: ")
+        assert (
+            len(errors) == 1 and wanted in errors[0] and errors[0].startswith("train_dreambooth.py: error: ")
+        )
 
 
 def test_conversion_command(place, trained):
@@ -159,4 +206,7 @@ def test_conversion_command(place, trained):
     run(place, "folder", "back.safetensors", "--config=model.yaml", "--half", script=script)
     original, back = read_checkpoint(place / "models/base.ckpt"), read_checkpoint(place / "back.safetensors")
     assert all(np.array_equal(value.astype(np.float16), back[name]) for name, value in original.items())
-    assert "exists already" in run(place, "folder", "back.safetensors", "--config=model.yaml", script=script, status=2).stderr
+    assert (
+        "exists already"
+        in run(place, "folder", "back.safetensors", "--config=model.yaml", script=script, status=2).stderr
+    )

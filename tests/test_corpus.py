@@ -1,4 +1,6 @@
-"""Folders of pictures as users have them: what is read, what is left out, what is refused, and in which words."""
+"""Folders of pictures as users have them: what is read, what is left out, what is refused, and in which
+words.
+"""
 
 import io
 import logging
@@ -11,7 +13,7 @@ from conftest import write_pictures
 from PIL import Image, ImageCms
 
 from ldm import images
-from ldm.training import samples as data
+from ldm.training import samples
 
 SIZE = (40, 30)
 RED = Image.new("RGB", SIZE, (200, 40, 40))
@@ -27,14 +29,22 @@ def bomb() -> bytes:
     """A PNG of a few hundred bytes that says it has 40,000 x 40,000 pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
 
 
 ANIMATED = {"save_all": True, "append_images": [Image.new("RGB", SIZE, (0, 0, 255))]}
-READ = {  # file name -> content; each is read as the red picture, within what its compression and its colours allow
+# file name -> content; each is read as the red picture, within what its compression and its colours allow
+READ = {
     "photo.jpg": encoded(RED, "JPEG", quality=95),
     "PHOTO.JPEG": encoded(RED, "JPEG", quality=95),
     "cmyk.jpg": encoded(RED.convert("CMYK"), "JPEG", quality=95),
@@ -46,7 +56,9 @@ READ = {  # file name -> content; each is read as the red picture, within what i
     "animated.png": encoded(RED, "PNG", **ANIMATED),
     "two pictures.jpg": encoded(RED, "MPO", **ANIMATED),
     "scan.tiff": encoded(RED, "TIFF"),
-    "profile.png": encoded(RED, "PNG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+    "profile.png": encoded(
+        RED, "PNG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    ),
     "damaged profile.png": encoded(RED, "PNG", icc_profile=b"no profile"),
     'it\'s "quoted".png': encoded(RED, "PNG"),
     "two\nlines.png": encoded(RED, "PNG"),
@@ -54,23 +66,26 @@ READ = {  # file name -> content; each is read as the red picture, within what i
     "wrong suffix.jpg": encoded(RED, "PNG"),
 }
 REFUSED = {  # file name -> content, words of the error
-    "truncated.jpg": (encoded(RED, "JPEG")[:-200], "not a readable picture"),
-    "empty.png": (b"", "not a readable picture"),
-    "text.jpg": (b"hello", "not a readable picture"),
-    "damaged exif.webp": (encoded(RED, "WEBP", exif=b"MM\0*"), "not a readable picture"),
-    "bomb.png": (bomb(), "not a readable picture .*exceeds limit"),
-    "dot.png": (encoded(Image.new("RGB", (1, 1)), "PNG"), "1 x 1 pixels, sides of 16 or more"),
-    "line.png": (encoded(Image.new("RGB", (20000, 10)), "PNG"), "20000 x 10 pixels"),
-    "panorama.png": (encoded(Image.new("RGB", (2000, 100)), "PNG"), "2000 x 100 pixels, .* at most 10:1"),
-    "IMG_1.HEIC": (b"\0\0\0\x18ftypheic", "pictures in HEIC are not read; save it as JPEG or PNG"),
-    "two\nlines.jpg": (b"hello", "not a readable picture"),
+    "truncated.jpg": (encoded(RED, "JPEG")[:-200], "not a readable image"),
+    "empty.png": (b"", "not a readable image"),
+    "text.jpg": (b"hello", "not a readable image"),
+    "damaged exif.webp": (encoded(RED, "WEBP", exif=b"MM\0*"), "not a readable image"),
+    "bomb.png": (bomb(), "not a readable image .*exceeds limit"),
+    "dot.png": (
+        encoded(Image.new("RGB", (1, 1)), "PNG"),
+        "sides must be 16 pixels or more and at most 10:1, got 1 x 1",
+    ),
+    "line.png": (encoded(Image.new("RGB", (20000, 10)), "PNG"), "got 20000 x 10"),
+    "panorama.png": (encoded(Image.new("RGB", (2000, 100)), "PNG"), "at most 10:1, got 2000 x 100"),
+    "IMG_1.HEIC": (b"\0\0\0\x18ftypheic", "images in HEIC are not read; save it as JPEG or PNG"),
+    "two\nlines.jpg": (b"hello", "not a readable image"),
 }
 
 
 @pytest.mark.parametrize("name", READ)
 def test_is_read(tmp_path, name):
     (tmp_path / name).write_bytes(READ[name])
-    (path,) = data.load_instance_images(tmp_path)
+    (path,) = samples.load_instance_images(tmp_path)
     picture = images.read_image(path)
     assert picture.size == SIZE and np.abs(np.asarray(picture, int) - np.asarray(RED, int)).max() <= 6
 
@@ -81,7 +96,7 @@ def test_is_refused_by_name(tmp_path, name):
     content, words = REFUSED[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words) as error:
-        data.load_instance_images(tmp_path)
+        samples.load_instance_images(tmp_path)
     assert name in str(error.value)
 
 
@@ -89,7 +104,8 @@ def test_the_colours_of_an_embedded_profile_become_srgb(tmp_path):
     """Here sRGB's own primaries with linear values, whose conversion is a formula."""
     Image.new("RGB", SIZE, (90, 160, 70)).save(tmp_path / "a.png", icc_profile=_linear_profile())
     found = images.read_image(tmp_path / "a.png").getpixel((0, 0))
-    wanted = [round(255 * (1.055 * (v / 255) ** (1 / 2.4) - 0.055)) for v in (90, 160, 70)]  # IEC 61966-2-1 from linear light
+    # IEC 61966-2-1 from linear light
+    wanted = [round(255 * (1.055 * (v / 255) ** (1 / 2.4) - 0.055)) for v in (90, 160, 70)]
     assert max(abs(a - b) for a, b in zip(found, wanted)) <= 2
 
 
@@ -109,8 +125,8 @@ def test_what_lies_around_is_left_out(tmp_path, caplog):
         (tmp_path / name).write_bytes(b"x")
     write_pictures(tmp_path / "sub-folder", 1)
     with caplog.at_level(logging.INFO):
-        assert len(data.load_instance_images(tmp_path)) == 2
-    assert "2 pictures (left out: 2 hidden files, 1 sub-folders, 2 other files)" in caplog.text
+        assert len(samples.load_instance_images(tmp_path)) == 2
+    assert "2 images (left out: 2 hidden files, 1 sub-folders, 2 other files)" in caplog.text
 
 
 def test_links(tmp_path):
@@ -118,10 +134,10 @@ def test_links(tmp_path):
     folder = tmp_path / "links"
     folder.mkdir()
     (folder / "good.png").symlink_to(real)
-    assert data.load_instance_images(folder) == [folder / "good.png"]
+    assert samples.load_instance_images(folder) == [folder / "good.png"]
     (folder / "gone.png").symlink_to(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="gone.png: not a readable picture .*No such file"):
-        data.load_instance_images(folder)
+    with pytest.raises(ValueError, match="gone.png: not a readable image .*No such file"):
+        samples.load_instance_images(folder)
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
@@ -131,14 +147,14 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(images.Image, "open", refuse)  # the superuser may read everything
-    with pytest.raises(ValueError, match="picture_0.png: not a readable picture .*Permission denied"):
-        data.load_instance_images(tmp_path)
+    with pytest.raises(ValueError, match="picture_0.png: not a readable image .*Permission denied"):
+        samples.load_instance_images(tmp_path)
 
 
 def test_ten_thousand_pictures(tmp_path):
     content = encoded(Image.new("RGB", (16, 16)), "PNG")
     for number in range(10_000):
         (tmp_path / f"{number}.png").write_bytes(content)
-    paths = data.load_instance_images(tmp_path)
-    samples = data.DreamBoothData(paths, [], 1, 16, False, 0)
-    assert len(paths) == 10_000 and len({draw.path for draw in samples.draws(0, 10_000)}) == 10_000
+    paths = samples.load_instance_images(tmp_path)
+    every = samples.DreamBoothSamples(paths, [], 1, samples.Cropping(16), 0)
+    assert len(paths) == 10_000 and len({sample.path for sample in every.pick(0, 10_000)}) == 10_000

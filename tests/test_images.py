@@ -5,7 +5,7 @@ import pytest
 from conftest import write_pictures
 from PIL import Image
 
-from ldm import images
+from ldm import files, images
 
 
 def gradient(mode="RGB", size=(6, 4)):
@@ -40,7 +40,9 @@ def test_sixteen_bits_keep_their_brightness(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, orientation):
-    upright = Image.fromarray(np.kron(np.array([[0, 60, 120], [180, 210, 255]], np.uint8), np.ones((16, 16), np.uint8)))
+    upright = Image.fromarray(
+        np.kron(np.array([[0, 60, 120], [180, 210, 255]], np.uint8), np.ones((16, 16), np.uint8))
+    )
     inverse = {
         2: "FLIP_LEFT_RIGHT",
         3: "ROTATE_180",
@@ -65,16 +67,16 @@ def test_what_is_no_picture_is_left_out_and_counted(tmp_path, caplog):
     (tmp_path / "notes.txt").write_text("x")
     with caplog.at_level(logging.INFO):
         assert [path.name for path in images.list_images(tmp_path)] == ["picture_0.png", "picture_1.png"]
-    assert "2 pictures (left out: 1 hidden files, 1 sub-folders, 1 other files)" in caplog.text
+    assert "2 images (left out: 1 hidden files, 1 sub-folders, 1 other files)" in caplog.text
 
 
 def test_a_damaged_picture_is_named(tmp_path):
     path = write_pictures(tmp_path, 1)[0]
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match="picture_0.png: not a readable picture"):
+    with pytest.raises(ValueError, match="picture_0.png: not a readable image"):
         images.read_image(path)
     (tmp_path / "text.jpg").write_text("hello")
-    with pytest.raises(ValueError, match="text.jpg: not a readable picture"):
+    with pytest.raises(ValueError, match="text.jpg: not a readable image"):
         images.read_image(tmp_path / "text.jpg")
 
 
@@ -89,7 +91,9 @@ def test_resize_and_crop():
 def test_pixels_and_back():
     array = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
     pixels = images.to_pixels(array)
-    assert pixels.shape == (2, 3, 5, 7) and pixels.dtype == np.float32 and -1 <= pixels.min() < pixels.max() <= 1
+    assert (
+        pixels.shape == (2, 3, 5, 7) and pixels.dtype == np.float32 and -1 <= pixels.min() < pixels.max() <= 1
+    )
     assert np.array_equal(images.to_uint8(pixels), array)
 
 
@@ -109,7 +113,7 @@ def test_saving_on_a_file_system_without_hard_links(tmp_path, monkeypatch):
     def no_link(*_):
         raise OSError("not supported")
 
-    monkeypatch.setattr(images.os, "link", no_link)
+    monkeypatch.setattr(files.os, "link", no_link)
     array = np.zeros((2, 2, 3), np.uint8)
     images.save_image(array, tmp_path / "a.png")
     with pytest.raises(FileExistsError):

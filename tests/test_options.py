@@ -8,18 +8,24 @@ import re
 import pytest
 from conftest import ROOT, write_pictures
 
+from ldm.command_line import parse_options
 from ldm.config import ConfigError, read_mapping, read_model_config
-from ldm.options import SampleOptions, TrainOptions, parse_options
+from ldm.options import TrainOptions
+from ldm.sample_options import SampleOptions
 
 REFERENCE_DEFAULTS = dict(
     mode=0, use_parallel=False, train_config="configs/train_dreambooth_sd_v2.json", output_path="output",
     model_config="configs/train_dreambooth_sd_v2.yaml", pretrained_model_path="models/",
     pretrained_model_file="sd_v2_base-57526ee4.ckpt", with_prior_preservation=True, prior_loss_weight=1.0,
     num_class_images=200, train_data_repeats=40, sampling_steps=50, sample_batch_size=4, guidance_scale=9.0,
-    random_crop=False, image_size=512, train_text_encoder=True, train_batch_size=2, epochs=8, start_learning_rate=5e-6,
-    warmup_steps=0, decay_steps=0, end_learning_rate=None, optim="adamw", betas=(0.9, 0.999), weight_decay=1e-2,
-    gradient_accumulation_steps=1, version="2.0", class_sampler="ddim", keep_weights=10, clip_grad=False, max_grad_norm=1.0, init_loss_scale=512, loss_scale_factor=2,
-    scale_window=200, use_ema=False, use_lora=False, lora_rank=4, lora_fp16=True, ckpt_save_interval=1, callback_size=1,
+    random_crop=False, image_size=512, train_text_encoder=True, train_batch_size=2, epochs=8,
+    start_learning_rate=5e-6,
+    warmup_steps=0, decay_steps=0, end_learning_rate=None, optim="adamw", betas=(0.9, 0.999),
+    weight_decay=1e-2,
+    gradient_accumulation_steps=1, version="2.0", class_sampler="ddim", keep_weights=10, clip_grad=False,
+    max_grad_norm=1.0, init_loss_scale=512, loss_scale_factor=2,
+    scale_window=200, use_ema=False, use_lora=False, lora_rank=4, lora_fp16=True, ckpt_save_interval=1,
+    callback_size=1,
     seed=3407, log_level="INFO",
 )  # fmt: skip
 
@@ -35,7 +41,8 @@ def files(tmp_path):
 
 def train(files, *extra, config="train.yaml"):
     return parse_options(TrainOptions, [
-        f"--train_config={files / config}", f"--instance_data_dir={files / 'instance'}", "--instance_prompt=a sks dog",
+        f"--train_config={files / config}", f"--instance_data_dir={files / 'instance'}",
+        "--instance_prompt=a sks dog",
         f"--class_data_dir={files / 'class'}", "--class_prompt=a dog", f"--pretrained_model_path={files}",
         "--pretrained_model_file=base.ckpt", *extra,
     ])  # fmt: skip
@@ -53,7 +60,11 @@ def error_of(capsys, call) -> str:
 def test_defaults_are_the_documented_ones():
     assert {name: getattr(TrainOptions, name) for name in REFERENCE_DEFAULTS} == REFERENCE_DEFAULTS
     sample = parse_options(SampleOptions, [f"--ckpt_path={ROOT / 'README.md'}"])
-    assert (sample.prompt, sample.sampling_steps, sample.guidance_scale) == ("A cute wolf in winter forest", 50, 9.0)
+    assert (sample.prompt, sample.sampling_steps, sample.guidance_scale) == (
+        "A cute wolf in winter forest",
+        50,
+        9.0,
+    )
     assert (sample.n_iter, sample.n_samples, sample.seed, sample.sampler_name) == (2, 8, 42, "plms")
 
 
@@ -64,7 +75,9 @@ def test_default_then_file_then_flag(files):
     assert options.num_class_images == 200
 
 
-@pytest.mark.parametrize("text, value", [("True", True), ("no", False), ("1", True), ("0", False), ("YES", True), ("false", False)])
+@pytest.mark.parametrize(
+    "text, value", [("True", True), ("no", False), ("1", True), ("0", False), ("YES", True), ("false", False)]
+)
 def test_booleans(files, text, value):
     assert train(files, f"--use_ema={text}").use_ema is value
     assert train(files, "--use_ema").use_ema is True
@@ -87,16 +100,16 @@ def test_spellings(files):
 
 MISTAKES = {
     "--epohcs=3": "did you mean --epochs?",
-    "--epochs=3.5": "a whole number wanted, found '3.5'",
-    "--epochs=0": "1 or more wanted, found 0",
-    "--use_ema=maybe": "True or False wanted",
-    "--start_learning_rate=fast": "a number wanted, found 'fast'",
-    "--train_batch_size=0": "1 or more wanted",
-    "--epochs=1e400": "a whole number wanted",
-    "--seed=-1": "0 or more wanted",
-    "--optim=sgd": "one of adamw, adam wanted",
-    "--log_level=__import__('os')": "one of DEBUG, INFO",
-    "--use_lora=True": "this version has none yet",
+    "--epochs=3.5": "must be a whole number, got '3.5'",
+    "--epochs=0": "must be 1 or more, got 0",
+    "--use_ema=maybe": "must be True or False",
+    "--start_learning_rate=fast": "must be a number, got 'fast'",
+    "--train_batch_size=0": "must be 1 or more",
+    "--epochs=1e400": "must be a whole number",
+    "--seed=-1": "must be 0 or more",
+    "--optim=sgd": "must be one of adamw, adam",
+    "--log_level=__import__('os')": "must be one of DEBUG, INFO",
+    "--use_lora=True": "not available yet",
     "--instance_prompt=": "--instance_prompt is missing",
     "--instance_data_dir=/nowhere": "no such folder",
     "--pretrained_model_file=other.ckpt": "no such file; see models/README.md",
@@ -111,8 +124,10 @@ def test_a_mistaken_flag_ends_with_one_line(files, capsys, flag):
 
 
 @pytest.mark.parametrize("text, wanted", [
-    ("epohcs: 3", "unknown option epohcs; did you mean epochs?"), ("epochs: [1]", "a whole number wanted"), ("- 1", "pairs are wanted"),
-    ("a: [", "not readable"), ("seed: !!python/object/apply:os.system ['true']", "not readable"), ("seed: ${oc.env:NOWHERE}", "not readable"),
+    ("epohcs: 3", "unknown option epohcs; did you mean epochs?"), ("epochs: [1]", "must be a whole number"),
+    ("- 1", "must hold `key: value` pairs"),
+    ("a: [", "not readable"), ("seed: !!python/object/apply:os.system ['true']", "not readable"),
+    ("seed: ${oc.env:NOWHERE}", "not readable"),
 ])  # fmt: skip
 def test_a_mistaken_file_ends_with_one_line(files, capsys, text, wanted):
     (files / "bad.yaml").write_text(text)
@@ -125,9 +140,11 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize("text, wanted", [
-    (BOMB, "references (*name) are not read"), ("[" * 3000, "not readable"), ("epochs: " + "9" * 5000, "not readable"),
-    ("x" * 2**21, "larger than"), ("epochs: \0", "not readable"), ("a: x\nb: ${a}${a}${a}", "references (${name}) are not read"),
-    ('epochs: 1\nseed: "\\x24{epochs}"', "a whole number wanted, found '${epochs}'"),
+    (BOMB, "references (*name) are not read"), ("[" * 3000, "not readable"), ("epochs: " + "9" * 5000,
+    "not readable"),
+    ("x" * 2**21, "larger than"), ("epochs: \0", "not readable"), ("a: x\nb: ${a}${a}${a}",
+    "references (${name}) are not read"),
+    ('epochs: 1\nseed: "\\x24{epochs}"', "must be a whole number, got '${epochs}'"),
 ])  # fmt: skip
 def test_files_that_would_take_all_memory_or_time_are_refused(files, capsys, text, wanted):
     """Nested references of 9^9 values; 3,000 brackets; a number of 5,000 digits; 2 MB."""
@@ -137,7 +154,9 @@ def test_files_that_would_take_all_memory_or_time_are_refused(files, capsys, tex
 
 def test_class_folder_inside_instance_folder_is_refused(files, capsys):
     for folder in (files / "instance", files / "instance/class"):
-        assert "give a folder of its own" in error_of(capsys, lambda f=folder: train(files, f"--class_data_dir={f}"))
+        assert "give a folder of its own" in error_of(
+            capsys, lambda f=folder: train(files, f"--class_data_dir={f}")
+        )
 
 
 def test_no_class_folder_is_needed_without_prior_preservation(files, capsys):
@@ -146,12 +165,17 @@ def test_no_class_folder_is_needed_without_prior_preservation(files, capsys):
 
 
 @pytest.mark.parametrize("flags, wanted", [
-    (["--ddim", "--uni_pc"], "several are named"), (["--ddim", "--sampler=uni_pc"], "several are named"), (["--plms", "--ddim"], "several are named"),
-    (["--ddim_eta=1"], "ddim sampler only"), (["-v", "2.1"], "one of 2.0 wanted, found '2.1'\n"), (["--skip_grid", "--skip_save"], "nothing to write"),
-    (["--n_samples=0"], "1 or more"), (["--use_lora"], "has none yet"), (["--lora_rank=8"], "has none yet"), (["stray"], "unknown argument stray"),
+    (["--ddim", "--uni_pc"], "give one sampler only"), (["--ddim", "--sampler=uni_pc"],
+    "give one sampler only"), (["--plms", "--ddim"], "give one sampler only"),
+    (["--ddim_eta=1"], "ddim sampler only"), (["-v", "2.1"], "must be one of 2.0, got '2.1'\n"),
+    (["--skip_grid", "--skip_save"], "nothing to write"),
+    (["--n_samples=0"], "1 or more"), (["--use_lora"], "not available yet"), (["--lora_rank=8"],
+    "not available yet"), (["stray"], "unknown argument stray"),
 ])  # fmt: skip
 def test_mistaken_sampling_flags(files, capsys, flags, wanted):
-    assert wanted in error_of(capsys, lambda: parse_options(SampleOptions, [f"--ckpt_path={files / 'base.ckpt'}", *flags]))
+    assert wanted in error_of(
+        capsys, lambda: parse_options(SampleOptions, [f"--ckpt_path={files / 'base.ckpt'}", *flags])
+    )
 
 
 def test_shipped_configurations_are_readable():
@@ -163,9 +187,12 @@ def test_shipped_configurations_are_readable():
 
 
 @pytest.mark.parametrize("old, new, wanted", [
-    ("model_channels: 320", "model_chanels: 320", "did you mean model_channels"), ("context_dim: 1024", "context_dim: 768", "text encoder's width"),
-    ("heads: 16", "heads: 7", "7 heads"), ("image_size: 512", "image_size: 500", "multiple of 64"), ("epsilon", "noise", "epsilon or v_prediction"),
-    ("  layers: 23\n", "", "layers is missing"), ("[1, 2, 4, 4]", "[2, 4, 4]", "begin with 1"), ("beta_end: 0.012", "beta_end: high", "a number wanted"),
+    ("model_channels: 320", "model_chanels: 320", "did you mean model_channels"), ("context_dim: 1024",
+    "context_dim: 768", "text encoder's width"),
+    ("heads: 16", "heads: 7", "7 heads"), ("image_size: 512", "image_size: 500", "multiple of 64"),
+    ("epsilon", "noise", "epsilon or v_prediction"),
+    ("  layers: 23\n", "", "layers is missing"), ("[1, 2, 4, 4]", "[2, 4, 4]", "begin with 1"),
+    ("beta_end: 0.012", "beta_end: high", "must be a number"),
 ])  # fmt: skip
 def test_mistaken_model_configurations(tmp_path, old, new, wanted):
     text = (ROOT / "configs/train_dreambooth_sd_v2.yaml").read_text()
@@ -179,8 +206,45 @@ def test_every_option_is_read_somewhere():
     """An accepted flag must act: each field is used as an attribute outside its definition."""
     used = set()
     for path in [*ROOT.glob("*.py"), *(ROOT / "ldm").rglob("*.py")]:
-        used |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    used |= {"plms", "ddim", "dpm_solver", "dpm_solver_pp", "uni_pc", "lora_ckpt_path"}  # read by name, see test_spellings
+        used |= {
+            node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+        }
+    # read by name, see test_spellings
+    used |= {
+        "plms",
+        "ddim",
+        "dpm_solver",
+        "dpm_solver_pp",
+        "uni_pc",
+        "lora_ckpt_path",
+    }
     for cls in (TrainOptions, SampleOptions):
-        unused = {field.name for field in dataclasses.fields(cls)} - used - {"train_config", "version"}  # read while parsing
+        # read while parsing
+        unused = {field.name for field in dataclasses.fields(cls)} - used - {"train_config", "version"}
         assert not unused
+
+
+def test_what_depends_on_an_option_is_said_by_its_field():
+    """All others change a training's result: a new one is compared at resume unless said otherwise."""
+    free = {spec.name for spec in dataclasses.fields(TrainOptions) if not spec.metadata["changes_result"]}
+    files = {"instance_data_dir", "class_data_dir", "train_config", "model_config", "output_path"}
+    files |= {"pretrained_model_path", "pretrained_model_file"}
+    batches = {
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "sample_batch_size",
+        "recompute",
+        "cache_latents",
+    }
+    saving = {
+        "ckpt_save_interval",
+        "keep_weights",
+        "save_state_minutes",
+        "save_every",
+        "keep_states",
+        "epochs",
+    }
+    run = {"resume", "allow_changed_options", "callback_size", "log_level", "version"}
+    machine = {"device", "mode", "compile_cache", "use_parallel"}
+    assert free == files | batches | saving | run | machine
+    assert TrainOptions().training_facts().keys() == {f.name for f in dataclasses.fields(TrainOptions)} - free

@@ -16,13 +16,13 @@ from commands import environment, run, train_arguments, updates_done, wait_for
 from conftest import ROOT
 from kill_and_resume import processes_of
 
-from ldm import device as runtime
 from ldm.ranks import Ranks, check_launch
 from ldm.weights.checkpoint import read_checkpoint
 
 BIN = os.path.dirname(sys.executable)
 STEPS = (
-    "--gradient_accumulation_steps=2", "--clip_grad=True", "--max_grad_norm=0.5", "--num_class_images=7", "--train_data_repeats=8",
+    "--gradient_accumulation_steps=2", "--clip_grad=True", "--max_grad_norm=0.5", "--num_class_images=7",
+    "--train_data_repeats=8",
     "--epochs=2", "--random_crop=True", "--start_learning_rate=1e-4", "--save_every=4",
 )  # fmt: skip  # 40 samples an epoch, 8 an update: 10 updates
 
@@ -37,15 +37,25 @@ def launcher(name: str, logs) -> list[str]:
     if name == "mpirun":
         return [*mpirun(2), sys.executable]
     return [
-        f"{BIN}/msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}", f"--log_dir={logs}", "--join=True",
+        f"{BIN}/msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}",
+        f"--log_dir={logs}", "--join=True",
         "--cluster_time_out=120",
     ]  # fmt: skip
 
 
 def command(place, name: str, folder: str, *extra) -> tuple[list[str], dict]:
-    script = [str(ROOT / "train_dreambooth.py"), *train_arguments(), *STEPS, f"--output_path={folder}", *extra]
+    script = [
+        str(ROOT / "train_dreambooth.py"),
+        *train_arguments(),
+        *STEPS,
+        f"--output_path={folder}",
+        *extra,
+    ]
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return [*launcher(name, place / f"{folder}-logs"), *script], environment(place) | {"PATH": path, "MS_NODE_TIMEOUT": "10"}
+    return [*launcher(name, place / f"{folder}-logs"), *script], environment(place) | {
+        "PATH": path,
+        "MS_NODE_TIMEOUT": "10",
+    }
 
 
 def train_with_two(place, name: str, folder: str, *extra, status=0) -> str:
@@ -65,7 +75,9 @@ def rows(folder, name):
 
 
 def assert_same_training(place, one, two):
-    """Losses within 1e-5, the change of the weights within 1e-3 in relative L2: sums over a batch in another order, nothing more."""
+    """Losses within 1e-5, the change of the weights within 1e-3 in relative L2: sums over a batch in another
+    order, nothing more.
+    """
     assert np.allclose(rows(one, "loss"), rows(two, "loss"), rtol=1e-5, atol=0)
     assert np.allclose(rows(one, "gradient_norm"), rows(two, "gradient_norm"), rtol=1e-4)
     base = read_checkpoint(place / "models/base.ckpt")
@@ -87,7 +99,9 @@ def one(place):
 
 @pytest.fixture(scope="module")
 def two(place, one):
-    """Two processes under mpirun, from the class pictures on: what they said, and the class pictures of `one`."""
+    """Two processes under mpirun, from the class pictures on: what they said, and the class pictures of
+    `one`.
+    """
     drawn = files(place / "classes/dog")
     shutil.move(place / "classes", place / "classes of one")
     shutil.rmtree(place / "cache/dreambooth-mindspore/latents")
@@ -95,7 +109,10 @@ def two(place, one):
 
 
 def test_two_under_mpirun_train_as_one(place, one, two):
-    """From class pictures to weights. That both ranks' weights are the same bit by bit is checked at every checkpoint."""
+    """From class pictures to weights.
+
+    That both ranks' weights are the same bit by bit is checked at every checkpoint.
+    """
     said, drawn = two
     assert sorted(drawn) == [f"class_{n:05d}.png" for n in range(7)] and files(place / "classes/dog") == drawn
     assert_same_training(place, one, place / "two")
@@ -103,10 +120,15 @@ def test_two_under_mpirun_train_as_one(place, one, two):
 
 
 def test_two_under_msrun_survive_a_kill(place, one, two):
-    """SIGKILL of rank 1 in the middle: all end within 60 s. Resumed by two, the run ends with the bits of the one under mpirun that was
-    never stopped; resumed by one process with the same global batch, as near as a run of one process is."""
+    """SIGKILL of rank 1 in the middle: all end within 60 s.
+
+    Resumed by two, the run ends with the bits of the one under mpirun that was
+    never stopped; resumed by one process with the same global batch, as near as a run of one process is.
+    """
     words, variables = command(place, "msrun", "killed", "--use_parallel=True", "--train_batch_size=2")
-    process = subprocess.Popen(words, cwd=place, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        words, cwd=place, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for(lambda: updates_done(place / "killed") >= 5, 400)
     start = time.monotonic()
     os.kill(processes_of("killed")[1], signal.SIGKILL)
@@ -114,20 +136,27 @@ def test_two_under_msrun_survive_a_kill(place, one, two):
     assert process.returncode and time.monotonic() - start < 60
     wait_for(lambda: not processes_of("killed"), 60)
     shutil.copytree(place / "killed", place / "by one")
-    done = max(int(path.name[5:]) for path in (place / "killed/states").glob("step_*"))  # 4, or 5 if the first epoch's was just written
+    # 4, or 5 if the first epoch's was just written
+    done = max(int(path.name[5:]) for path in (place / "killed/states").glob("step_*"))
     train_with_two(place, "msrun", "killed", "--resume=latest")
     ours, theirs = (read_checkpoint(place / name / "dreambooth_epoch_2.ckpt") for name in ("killed", "two"))
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     assert_same_training(place, one, place / "killed")
-    resumed = run(place, *train_arguments(), *STEPS, "--train_batch_size=4", "--output_path=by one", "--resume=latest")
-    assert done in (4, 5) and f"resumed from by one/states/step_{done:08d}: {done} of 10 updates done" in resumed.stderr
+    resumed = run(
+        place, *train_arguments(), *STEPS, "--train_batch_size=4", "--output_path=by one", "--resume=latest"
+    )
+    assert (
+        done in (4, 5)
+        and f"resumed from by one/states/step_{done:08d}: {done} of 10 updates done" in resumed.stderr
+    )
     assert_same_training(place, one, place / "by one")
 
 
 def test_an_error_of_one_rank_ends_all_with_a_line_that_names_it(place, one):
     said = train_with_two(place, "mpirun", "failed", f"--instance_data_dir={place / 'one'}", status=2)
     assert (
-        "train_dreambooth.py: rank 0: error: instance_data_dir" in said or "train_dreambooth.py: rank 1: error: instance_data_dir" in said
+        "train_dreambooth.py: rank 0: error: instance_data_dir" in said
+        or "train_dreambooth.py: rank 1: error: instance_data_dir" in said
     )
     assert not processes_of("failed")
 
@@ -157,12 +186,15 @@ def test_option_and_launch_must_fit(monkeypatch, place):
     check_launch(False)
     error = run(place, *train_arguments(), "--use_parallel=True", status=2).stderr
     assert (
-        error.startswith("train_dreambooth.py: error: use_parallel=True, but nothing started several processes") and error.count("\n") == 1
+        error.startswith(
+            "train_dreambooth.py: error: use_parallel=True, but nothing started several processes"
+        )
+        and error.count("\n") == 1
     )
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
     check_launch(True)
-    with pytest.raises(ValueError, match="started by mpirun, but without --use_parallel=True"):
+    with pytest.raises(ValueError, match="mpirun started several processes: add --use_parallel=True"):
         check_launch(False)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
     check_launch(False)
@@ -170,7 +202,7 @@ def test_option_and_launch_must_fit(monkeypatch, place):
         monkeypatch.delenv(name)
     for name, value in {"RANK_TABLE_FILE": "table.json", "RANK_ID": "0", "RANK_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="started by a rank table, but without --use_parallel=True"):
+    with pytest.raises(ValueError, match="a rank table started several processes: add --use_parallel=True"):
         check_launch(False)
     monkeypatch.setenv("RANK_SIZE", "1")
     check_launch(False)
@@ -184,7 +216,8 @@ def save(number, frame):
     open(f"saved {{rank}}", "w")
     sys.exit(128 + number)
 signal.signal(signal.SIGTERM, save), signal.signal(signal.SIGINT, save)
-assert sys.argv[1] == "train_dreambooth.py" and "--use_parallel=True" in sys.argv and "--output_path=two words/txt2img" in sys.argv
+assert sys.argv[1] == "train_dreambooth.py" and "--use_parallel=True" in sys.argv
+assert "--output_path=two words/txt2img" in sys.argv
 with open(f"started {{rank}}", "w") as file:
     file.write(os.environ["DEVICE_ID"])
 if rank == os.environ.get("FAILS"):
@@ -204,12 +237,16 @@ def launch(tmp_path):
 
     def start(launcher, seconds, **variables):
         variables |= {
-            "launcher": launcher, "RANK_SIZE": "2", "RANK_TABLE_FILE": "table.json", "PYTHON": str(python), "output_path": "two words",
-            "mpirun_options": "--oversubscribe", "SECONDS_TO_TRAIN": str(seconds), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "launcher": launcher, "RANK_SIZE": "2", "RANK_TABLE_FILE": "table.json", "PYTHON": str(python),
+            "output_path": "two words",
+            "mpirun_options": "--oversubscribe", "SECONDS_TO_TRAIN": str(seconds),
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         }  # fmt: skip
         process = subprocess.Popen(
-            ["bash", "scripts/run_train_dreambooth_distributed.sh"], cwd=tmp_path, env=os.environ | variables, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell that was started to ignore it cannot trap it
+            ["bash", "scripts/run_train_dreambooth_distributed.sh"], cwd=tmp_path, env=os.environ | variables,
+            start_new_session=True,
+            # a shell that was started to ignore it cannot trap it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         started.append(process)
         return process
@@ -237,15 +274,3 @@ def test_the_launch_script_ends_as_its_processes_do(launch, tmp_path, launcher):
     wait_for(lambda: len(list(tmp_path.glob("started *"))) == 2, 60)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C at a terminal does
     assert process.wait(60) == 130 and len(list(tmp_path.glob("saved *"))) == 2
-
-
-def test_warnings_name_their_rank(capsys):
-    import logging
-
-    before = logging.getLogger().handlers[:]
-    try:
-        runtime.start_logging("WARNING", who="rank 3 ")
-        logging.getLogger("x").warning("hello")
-    finally:
-        logging.getLogger().handlers[:] = before
-    assert "rank 3 WARNING hello" in capsys.readouterr().err

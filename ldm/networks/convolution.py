@@ -27,10 +27,11 @@ def is_small(weight) -> bool:
 class MatmulConv(nn.Cell):
     """Convolution of (B, C, H, W) by a 3x3 weight, as matrix products on the unfolded input (im2col).
 
-    (2, 320, 64, 64): 50 / 155. With AVX-512 oneDNN runs this convolution and its input gradient on a reference kernel:
-    12,000; capped to AVX2 it takes 68 / 202, and matrix products are slower too. Its gradient of the weight keeps a scratch
-    pad of up to the unfolded input and two weights for each convolution, for good: over 10 GB for SD2's UNet. Only the
-    input is kept here for the backward pass, not its nine copies.
+    (2, 320, 64, 64): 50 / 155. With AVX-512 oneDNN runs this convolution and its input gradient on a
+    reference kernel: 12,000; capped to AVX2 it takes 68 / 202, and matrix products are slower too. Its
+    gradient of the weight keeps a scratch pad of up to the unfolded input and two weights for each
+    convolution, and never frees it: over 10 GB for SD2's UNet. Only the input is kept here for the backward
+    pass, not its nine copies.
 
     Args:
         channels: output channels. padding: of all four sides.
@@ -39,12 +40,27 @@ class MatmulConv(nn.Cell):
 
     def __init__(self, channels: int, stride: int, padding: int, columns_bytes: int = 256 << 20) -> None:
         super().__init__()
-        self.channels, self.stride, self.padding, self.columns_bytes = channels, stride, padding, columns_bytes
+        self.channels, self.stride, self.padding, self.columns_bytes = (
+            channels,
+            stride,
+            padding,
+            columns_bytes,
+        )
         self.unfold_band = Im2Col(ksizes=(3, 3), strides=stride, dilations=1, pads=(0, padding))
         self.unfold_padded = Im2Col(ksizes=(3, 3), strides=stride, dilations=1, pads=padding)
-        self.fold = Col2Im(kernel_size=(3, 3), dilation=(1, 1), padding=(padding, padding), stride=(stride, stride))
-        self.matmul, self.matmul_a, self.matmul_b = ops.MatMul(), ops.MatMul(transpose_a=True), ops.MatMul(transpose_b=True)
-        self.batched, self.batched_a, self.batched_b = ops.BatchMatMul(), ops.BatchMatMul(True), ops.BatchMatMul(False, True)
+        self.fold = Col2Im(
+            kernel_size=(3, 3), dilation=(1, 1), padding=(padding, padding), stride=(stride, stride)
+        )
+        self.matmul, self.matmul_a, self.matmul_b = (
+            ops.MatMul(),
+            ops.MatMul(transpose_a=True),
+            ops.MatMul(transpose_b=True),
+        )
+        self.batched, self.batched_a, self.batched_b = (
+            ops.BatchMatMul(),
+            ops.BatchMatMul(True),
+            ops.BatchMatMul(False, True),
+        )
         self.join, self.join_rows = ops.Concat(0), ops.Concat(2)
         self.row_sum = RowSum()
 
@@ -64,7 +80,9 @@ class MatmulConv(nn.Cell):
             return self.batched(self.for_each(weight, batch), columns)
         outputs = ()
         for part in ops.Split(0, batch)(columns):
-            outputs = outputs + (self.matmul(weight, part.reshape(columns.shape[1:])).reshape(1, self.channels, -1),)
+            outputs = outputs + (
+                self.matmul(weight, part.reshape(columns.shape[1:])).reshape(1, self.channels, -1),
+            )
         return self.join(outputs)
 
     def construct(self, x, weight):
@@ -73,7 +91,10 @@ class MatmulConv(nn.Cell):
         out_height = (height + 2 * self.padding - 3) // self.stride + 1
         out_width = (width + 2 * self.padding - 3) // self.stride + 1
         bands = 1
-        while 36 * batch * channels * out_height * out_width > bands * self.columns_bytes and out_height % (2 * bands) == 0:
+        while (
+            36 * batch * channels * out_height * out_width > bands * self.columns_bytes
+            and out_height % (2 * bands) == 0
+        ):
             bands = 2 * bands
         if bands == 1:
             columns = self.unfold_padded(x).reshape(batch, 9 * channels, -1)
@@ -92,8 +113,8 @@ class MatmulConv(nn.Cell):
 
     def bprop(self, x, weight, out, dout):
         batch, channels, height, width = x.shape
-        # MindSpore copies a parameter to reshape it, and unfolds the input: without the dependence on dout it would keep
-        # what the forward pass made of both until here instead of making it anew
+        # MindSpore copies a parameter to reshape it, and unfolds the input: without the dependence on dout it
+        # would keep what the forward pass made of both until here instead of making it again
         x, flat = ops.depend(x, dout), ops.depend(weight, dout).reshape(self.channels, -1)
         dout = dout.reshape(batch, self.channels, -1)
         size = Tensor([height, width], ms.int32)
@@ -113,16 +134,21 @@ class MatmulConv(nn.Cell):
 class UpsampledConv(nn.Cell):
     """Nearest up-sampling of (B, C, H, W) to twice the size, then a 3x3 convolution: (B, channels, 2H, 2W).
 
-    Of three neighbours in the large map at least two are the same pixel of the small one. So each of the four outputs of a
-    pixel is a 2x2 convolution of the small map, whose weights are sums of the given ones (sub-pixel convolution, Shi et al.
-    2016): 4/9 of the multiplications, and 4 instead of 36 values of columns a pixel. (1, 256, 256, 256): 500, against 1263.
+    Of three neighbours in the large map at least two are the same pixel of the small one. So each of the four
+    outputs of a pixel is a 2x2 convolution of the small map, whose weights are sums of the given ones
+    (sub-pixel convolution, Shi et al. 2016): 4/9 of the multiplications, and 4 instead of 36 values of
+    columns a pixel. (1, 256, 256, 256): 500, against 1263.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
         # window u of the small map (rows u - 1 and u) makes rows 2u - 1 and 2u of the large one
-        first, second = np.array([[1, 1, 0], [0, 0, 1]]), np.array([[1, 0, 0], [0, 1, 1]])  # (row of the window, row of the weight)
+        # (row of the window, row of the weight)
+        first, second = (
+            np.array([[1, 1, 0], [0, 0, 1]]),
+            np.array([[1, 0, 0], [0, 1, 1]]),
+        )
         self.sums = [
             Tensor(np.einsum("ay,bx->yxab", rows, columns).reshape(9, 4).astype(np.float32))
             for rows in (first, second) for columns in (first, second)
@@ -139,5 +165,7 @@ class UpsampledConv(nn.Cell):
         weight, outputs = ops.cat(weights, 1).reshape(4 * self.channels, 4 * channels), ()
         for sample in ops.Split(0, batch)(x):
             y = self.matmul(weight, self.unfold(sample).reshape(4 * channels, -1))
-            outputs = outputs + (self.fold(y.reshape(1, self.channels, 4, -1), Tensor([2 * height, 2 * width], ms.int32)),)
+            outputs = outputs + (
+                self.fold(y.reshape(1, self.channels, 4, -1), Tensor([2 * height, 2 * width], ms.int32)),
+            )
         return ops.cat(outputs, 0)

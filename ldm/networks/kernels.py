@@ -1,8 +1,9 @@
 """Every work-around for a slow or leaking kernel of MindSpore's CPU back end, each with its measurement.
 
-The convolution has a module of its own. Cells without parameters and functions; `layers` puts them behind the layers of the networks. Where two forms exist,
-`layers` chooses: other devices take MindSpore's own operators. Times are of 2 cores with AVX-512, MindSpore 2.10, in ms,
-forward / forward + backward where there are two.
+The convolution has a module of its own; GELU, GatedGELU and SoftmaxAttention serve an accelerator, too. Cells
+without parameters and functions; `layers` puts them behind the layers of the networks. Where two forms exist,
+`layers` chooses: other devices take MindSpore's own operators. Times are of 2 cores with AVX-512, MindSpore
+2.10, in ms, forward / forward + backward where there are two.
 """
 
 import mindspore as ms
@@ -17,8 +18,9 @@ INV_SQRT_2PI = (2 * np.pi) ** -0.5
 class GELU(nn.Cell):
     """Exact GELU (Hendrycks & Gimpel 2016): x times the normal distribution function at x.
 
-    ops.gelu divides, and RealDiv keeps 16 bytes per element for good on CPU: 5.6 GB at (4, 2048, 2048); the gradient of erf
-    keeps as much for its Pow. Here nothing is kept, and the gradient needs no second erf, the dearest part (7 ns a value).
+    ops.gelu divides, and RealDiv never frees 16 bytes per element on CPU: 5.6 GB at (4, 2048, 2048); the
+    gradient of erf keeps as much for its Pow. Here nothing is kept, and the gradient needs no second erf, the
+    most expensive part (7 ns a value).
     """
 
     def __init__(self) -> None:
@@ -61,7 +63,7 @@ class GatedGELU(nn.Cell):
 class SplitHeads(nn.Cell):
     """(B, N, heads * d) to (B, heads, N, d)."""
 
-    # Split and Concat: half the time of Transpose, which keeps 8 bytes per element for good.
+    # Split and Concat: half the time of Transpose, which never frees 8 bytes per element.
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.split_channels, self.join_heads = ops.Split(-1, heads), ops.Concat(1)
@@ -100,9 +102,12 @@ class MergeHeads(SplitHeads):
 
 def upsample_nearest(x):
     """(B, C, H, W) to (B, C, 2H, 2W), each value four times."""
-    # 20 ms against 43 for ops.interpolate at (2, 640, 32, 32) on CPU, forward + backward 76 against 145. Same values.
+    # 20 ms against 43 for ops.interpolate at (2, 640, 32, 32) on CPU, forward + backward 76 against 145. Same
+    # values.
     batch, channels, height, width = x.shape
-    wide = ops.broadcast_to(x.reshape(batch, channels, height, 1, width, 1), (batch, channels, height, 2, width, 2))
+    wide = ops.broadcast_to(
+        x.reshape(batch, channels, height, 1, width, 1), (batch, channels, height, 2, width, 2)
+    )
     return wide.reshape(batch, channels, 2 * height, 2 * width)
 
 
@@ -114,7 +119,8 @@ class AddPerChannel(nn.Cell):
         self.bias_add = ops.BiasAdd()
 
     def construct(self, x, vector):
-        # A broadcasting Add keeps an index table of 16 bytes per element for good on CPU; BiasAdd keeps none. Same values.
+        # A broadcasting Add never frees an index table of 16 bytes per element on CPU; BiasAdd keeps none.
+        # Same values.
         batch, channels, height, width = x.shape
         joined = self.bias_add(x.reshape(1, batch * channels, height, width), vector.reshape(-1))
         return joined.reshape(batch, channels, height, width)
@@ -151,15 +157,17 @@ class AddBias(nn.Cell):
 class Normalise(nn.Cell):
     """(1, rows, H, W): zero mean and unit variance in each row, with BatchNorm's training kernel.
 
-    (2, 320, 64, 64) in 64 groups 3 / 5, against 22 / 41 with nn.GroupNorm; (8192, 320) 2 / 8, against 7 / 34 with LayerNorm.
-    The gradient starts from the output y, which what follows keeps anyway: dx = rstd (dy - mean(dy) - y mean(dy y)), as
-    the kernel computes for an input y of mean 0 and variance 1 and a scale of rstd = 1 / sqrt(variance + epsilon).
+    (2, 320, 64, 64) in 64 groups 3 / 5, against 22 / 41 with nn.GroupNorm; (8192, 320) 2 / 8, against 7 / 34
+    with LayerNorm. The gradient starts from the output y, which what follows keeps anyway: dx = rstd (dy -
+    mean(dy) - y mean(dy y)), as the kernel computes for an input y of mean 0 and variance 1 and a scale of
+    rstd = 1 / sqrt(variance + epsilon).
     """
 
     def __init__(self, epsilon: float) -> None:
         super().__init__()
         self.epsilon = epsilon
-        # momentum 0: the running statistics that the kernel writes in place stay the constants that they are here
+        # momentum 0: the running statistics that the kernel writes in place stay the constants that they are
+        # here
         self.batch_norm = ops.BatchNorm(is_training=True, epsilon=epsilon, momentum=0.0)
         self.gradient = _grad_ops.BatchNormGrad(is_training=True, epsilon=epsilon)
         self.rsqrt, self.ones_like, self.zeros_like = ops.Rsqrt(), ops.OnesLike(), ops.ZerosLike()
@@ -177,7 +185,9 @@ class Normalise(nn.Cell):
 
 
 class ScaleAndShift(nn.Cell):
-    """x * gamma + beta along axis 1 of (B, C, H, W), with BatchNorm's inference kernel: a broadcasting Mul would leak."""
+    """x * gamma + beta along axis 1 of (B, C, H, W), with BatchNorm's inference kernel: a broadcasting Mul
+    would leak.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +212,9 @@ class ScaleAndShift(nn.Cell):
 
 
 class ScaleShiftSiLU(ScaleAndShift):
-    """SiLU of ScaleAndShift, which keeps its input alone for the backward pass instead of four maps of that size."""
+    """SiLU of ScaleAndShift, which keeps its input alone for the backward pass instead of four maps of that
+    size.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,24 +226,32 @@ class ScaleShiftSiLU(ScaleAndShift):
 
     def bprop(self, x, gamma, beta, out, dout):
         zeros, ones = self.zeros_like(gamma), self.ones_like(gamma)
-        # the dependence keeps MindSpore from finding y already computed in the forward pass, and from keeping it
+        # the dependence keeps MindSpore from finding y already computed in the forward pass, and from keeping
+        # it
         y = self.batch_norm(ops.depend(x, dout), gamma, beta, zeros, ones)[0]
         s = self.sigmoid(y)
         dy = dout * (s + out * (1 - s))
-        return self.batch_norm(dy, gamma, zeros, zeros, ones)[0], self.channel_sum(dy * x), self.channel_sum(dy)
+        return (
+            self.batch_norm(dy, gamma, zeros, zeros, ones)[0],
+            self.channel_sum(dy * x),
+            self.channel_sum(dy),
+        )
 
 
 class SoftmaxAttention(nn.Cell):
-    """softmax(q k^T + mask) v on (B, heads, N, d), with the softmax in float32 and a backward pass of its own.
+    """softmax(q k^T + mask) v on (B, heads, N, d), with the softmax in float32 and a backward pass of its
+    own.
 
-    The backward pass recomputes the probabilities, chunk by chunk over the queries, and never keeps (heads, N, M). The
-    gradient of a softmax subtracts a column, D = rowsum(dO * O), and a broadcasting subtraction keeps 16 bytes for each
-    score for good on CPU; here it rides in a matrix product: dO V^T - D = [dO, -D] [V, 1]^T. Measured on 2 cores with
-    AVX-512, (2, 5, 4096, 64), forward + backward: 0.82 s and 1.9 GB against 1.5 s and 5.7 GB with MindSpore's gradient.
+    The backward pass recomputes the probabilities, chunk by chunk over the queries, and never keeps (heads,
+    N, M). The gradient of a softmax subtracts a column, D = rowsum(dO * O), and a broadcasting subtraction
+    never frees 16 bytes per score on CPU; here it rides in a matrix product: dO V^T - D = [dO, -D]
+    [V, 1]^T. Measured on 2 cores with AVX-512, (2, 5, 4096, 64), forward + backward: 0.82 s and 1.9 GB
+    against 1.5 s and 5.7 GB with MindSpore's gradient.
 
     Args:
-        chunk_bytes: the scores of a chunk take at most this (float32), as far as halving the queries gets there, and no more than 128
-            times: MindSpore unrolls the loop, and gives up a little beyond 200 turns.
+        chunk_bytes: the scores of a chunk take at most this (float32), as far as halving the queries gets
+            there, and no more than 128 times: MindSpore unrolls the loop, and gives up a little beyond 200
+            turns.
         causal, length: position i of `length` sees positions 0 to i only.
     """
 
@@ -254,7 +274,12 @@ class SoftmaxAttention(nn.Cell):
         """The number of equal chunks that the queries are cut into."""
         count = 1
         scores = 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-        while not self.causal and scores > count * self.chunk_bytes and q.shape[2] % (2 * count) == 0 and count < 128:
+        while (
+            not self.causal
+            and scores > count * self.chunk_bytes
+            and q.shape[2] % (2 * count) == 0
+            and count < 128
+        ):
             count = 2 * count
         return count
 
@@ -265,7 +290,10 @@ class SoftmaxAttention(nn.Cell):
         return self.softmax(scores)
 
     def parts(self, x, count):
-        """x cut along the queries. Split copies at the memory's speed; indexing takes up to 80 times as long."""
+        """x cut along the queries.
+
+        Split copies at the memory's speed; indexing takes up to 80 times as long.
+        """
         return ops.Split(2, count)(x) if count > 1 else (x,)
 
     def construct(self, q, k, v):
@@ -278,12 +306,17 @@ class SoftmaxAttention(nn.Cell):
         return self.join_rows(outputs) if count > 1 else outputs[0]
 
     def bprop(self, q, k, v, out, dout):
-        # without these dependences MindSpore would run what needs no gradient, or not the previous part's, as early as it can
+        # without these dependences MindSpore would run what needs no gradient, or not the previous part's, as
+        # early as it can
         q, k, v = ops.depend(q, dout), ops.depend(k, dout), ops.depend(v, dout)
         count = self.chunks(q, k)
         v_1 = self.join_columns((v, self.ones_like(v[:, :, :, :1])))
         dout_d = self.join_columns((dout, -self.row_sum(dout * out, -1)))
-        q_parts, dout_parts, dout_d_parts = self.parts(q, count), self.parts(dout, count), self.parts(dout_d, count)
+        q_parts, dout_parts, dout_d_parts = (
+            self.parts(q, count),
+            self.parts(dout, count),
+            self.parts(dout_d, count),
+        )
         dq, dk, dv = (), self.zeros_like(k), self.zeros_like(v)
         for i in range(count):
             p = self.probabilities(ops.depend(q_parts[i], (dk, dv)), k)

@@ -6,6 +6,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from ldm.config import ModelConfig
 from ldm.networks.autoencoder import AutoencoderKL
+from ldm.networks.layer_set import LayerSet, layers_of_this_device
 from ldm.networks.text_encoder import TextEncoder
 from ldm.networks.unet import UNetModel
 
@@ -13,20 +14,22 @@ from ldm.networks.unet import UNetModel
 class DiffusionWrapper(nn.Cell):
     """Gives the checkpoint's name `model.diffusion_model`."""
 
-    def __init__(self, config: ModelConfig, dtype) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerSet) -> None:
         super().__init__()
-        self.diffusion_model = UNetModel(config.unet, dtype)
+        self.diffusion_model = UNetModel(config.unet, layers)
 
 
 class LatentDiffusion(nn.Cell):
-    """UNet, VAE and text encoder. Whoever holds this cell, or one of its networks, must not prefix names anew."""
+    """UNet, VAE and text encoder.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Whoever holds this cell, or one of its networks, must not prefix its names again.
+    """
+
+    def __init__(self, config: ModelConfig, layers: LayerSet) -> None:
         super().__init__(auto_prefix=True)
-        dtype = ms.float16 if config.use_fp16 else ms.float32
-        self.model = DiffusionWrapper(config, dtype)
-        self.first_stage_model = AutoencoderKL(config.autoencoder, dtype)
-        self.cond_stage_model = TextEncoder(config.text_encoder, dtype)
+        self.model = DiffusionWrapper(config, layers)
+        self.first_stage_model = AutoencoderKL(config.autoencoder, layers)
+        self.cond_stage_model = TextEncoder(config.text_encoder, layers)
         for name, parameter in self.parameters_and_names():
             parameter.name = name
 
@@ -34,12 +37,32 @@ class LatentDiffusion(nn.Cell):
     def unet(self) -> UNetModel:
         return self.model.diffusion_model
 
+    def parameter_names(self) -> list[str]:
+        """In the order of a checkpoint."""
+        return [parameter.name for parameter in self.get_parameters()]
 
-def build_model(config: ModelConfig, initialise: bool = False) -> LatentDiffusion:
-    """The networks in inference mode: without values, for a checkpoint to fill, or with random ones (`initialise`)."""
+    def take_out_frozen(self, train_text_encoder: bool) -> list[nn.Cell]:
+        """The networks that are not trained; they are no part of this cell afterwards."""
+        names = ["first_stage_model"] + ([] if train_text_encoder else ["cond_stage_model"])
+        networks = [getattr(self, name) for name in names]
+        for name in names:
+            delattr(self, name)
+        return networks
+
+
+def build_model(
+    config: ModelConfig, initialise: bool = False, layers: LayerSet | None = None
+) -> LatentDiffusion:
+    """The networks in inference mode: without values, for a checkpoint to fill, or with random ones
+    (`initialise`).
+
+    Args:
+        layers: what they are built of; None: the layers of the device, in the configuration's compute dtype.
+    """
+    layers = layers or layers_of_this_device(ms.float16 if config.use_fp16 else ms.float32)
     if initialise:
-        model = LatentDiffusion(config)
+        model = LatentDiffusion(config, layers)
     else:
         with no_init_parameters():
-            model = LatentDiffusion(config)
+            model = LatentDiffusion(config, layers)
     return model.set_train(False)

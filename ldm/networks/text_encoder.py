@@ -1,6 +1,8 @@
-"""The text encoder of Stable Diffusion 2: OpenCLIP's ViT-H/14 text tower (Radford et al. 2021; Ilharco et al. 2021).
+"""The text encoder of Stable Diffusion 2: OpenCLIP's ViT-H/14 text tower (Radford et al. 2021; Ilharco et al.
+2021).
 
-SD2 uses 23 of its 24 layers and applies the final norm to the output of the 23rd. Attribute names are the checkpoint's.
+SD2 uses 23 of its 24 layers and applies the final norm to the output of the 23rd. Attribute names are the
+checkpoint's.
 """
 
 import mindspore as ms
@@ -8,19 +10,18 @@ from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
 from ldm.config import TextEncoderConfig
-from ldm.networks.kernels import GELU
-from ldm.networks.layers import Attention, Dense, LayerNorm
+from ldm.networks.layer_set import LayerSet
 
 
 class MultiheadAttention(nn.Cell):
     """Causal self-attention; query, key and value come from one projection."""
 
-    def __init__(self, config: TextEncoderConfig, dtype) -> None:
+    def __init__(self, config: TextEncoderConfig, layers: LayerSet) -> None:
         super().__init__()
-        self.in_proj = Dense(config.width, 3 * config.width, dtype=dtype)
-        self.out_proj = Dense(config.width, config.width, dtype=dtype)
+        self.in_proj = layers.Dense(config.width, 3 * config.width)
+        self.out_proj = layers.Dense(config.width, config.width)
         self.thirds = ops.Split(-1, 3)
-        self.attention = Attention(config.heads, causal=True, length=config.context_length)
+        self.attention = layers.Attention(config.heads, causal=True, length=config.context_length)
 
     def construct(self, x):
         q, k, v = self.thirds(self.in_proj(x))
@@ -30,33 +31,33 @@ class MultiheadAttention(nn.Cell):
 class AttentionWrapper(nn.Cell):
     """Gives the checkpoint's name `attn.attn`."""
 
-    def __init__(self, config: TextEncoderConfig, dtype) -> None:
+    def __init__(self, config: TextEncoderConfig, layers: LayerSet) -> None:
         super().__init__()
-        self.attn = MultiheadAttention(config, dtype)
+        self.attn = MultiheadAttention(config, layers)
 
     def construct(self, x):
         return self.attn(x)
 
 
 class ResidualAttentionBlock(nn.Cell):
-    def __init__(self, config: TextEncoderConfig, dtype) -> None:
+    def __init__(self, config: TextEncoderConfig, layers: LayerSet) -> None:
         super().__init__()
-        self.attn = AttentionWrapper(config, dtype)
-        self.ln_1 = LayerNorm(config.width)
-        self.c_fc = Dense(config.width, 4 * config.width, dtype=dtype)
-        self.c_proj = Dense(4 * config.width, config.width, dtype=dtype)
-        self.ln_2 = LayerNorm(config.width)
-        self.gelu = GELU()
+        self.attn = AttentionWrapper(config, layers)
+        self.ln_1 = layers.LayerNorm(config.width)
+        self.c_fc = layers.Dense(config.width, 4 * config.width)
+        self.c_proj = layers.Dense(4 * config.width, config.width)
+        self.ln_2 = layers.LayerNorm(config.width)
+        self.gelu = layers.GELU()
 
     def construct(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.c_proj(self.gelu(self.c_fc(self.ln_2(x)))[0])
+        return x + self.c_proj(self.gelu(self.c_fc(self.ln_2(x))))
 
 
 class Transformer(nn.Cell):
-    def __init__(self, config: TextEncoderConfig, dtype) -> None:
+    def __init__(self, config: TextEncoderConfig, layers: LayerSet) -> None:
         super().__init__()
-        self.resblocks = nn.CellList([ResidualAttentionBlock(config, dtype) for _ in range(config.layers)])
+        self.resblocks = nn.CellList([ResidualAttentionBlock(config, layers) for _ in range(config.layers)])
 
     def construct(self, x):
         for block in self.resblocks:
@@ -65,15 +66,15 @@ class Transformer(nn.Cell):
 
 
 class TextTransformer(nn.Cell):
-    def __init__(self, config: TextEncoderConfig, dtype) -> None:
+    def __init__(self, config: TextEncoderConfig, layers: LayerSet) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype = layers.dtype
         table = initializer(Normal(0.02), (config.vocab_size, config.width), ms.float32)
         positions = initializer(Normal(0.01), (config.context_length, config.width), ms.float32)
         self.embedding_table = Parameter(table, name="embedding_table")
         self.positional_embedding = Parameter(positions, name="positional_embedding")
-        self.transformer_layer = Transformer(config, dtype)
-        self.ln_final = LayerNorm(config.width)
+        self.transformer_layer = Transformer(config, layers)
+        self.ln_final = layers.LayerNorm(config.width)
 
     def construct(self, token_ids):
         x = ops.gather(self.embedding_table, token_ids, 0) + self.positional_embedding
@@ -83,9 +84,9 @@ class TextTransformer(nn.Cell):
 class TextEncoder(nn.Cell):
     """token_ids (B, 77) int32 to text features (B, 77, width), the `context` of the UNet."""
 
-    def __init__(self, config: TextEncoderConfig, dtype=ms.float32) -> None:
+    def __init__(self, config: TextEncoderConfig, layers: LayerSet) -> None:
         super().__init__()
-        self.transformer = TextTransformer(config, dtype)
+        self.transformer = TextTransformer(config, layers)
 
     def construct(self, token_ids):
         return self.transformer(token_ids)

@@ -1,7 +1,7 @@
 """The denoising UNet of Stable Diffusion 2 (Rombach et al. 2022; Dhariwal & Nichol 2021).
 
-Attribute names are the checkpoint's parameter names: `in_layers_norm`, `in_layers_conv.conv` and `op.conv` are the
-MindSpore port's spelling of Stability's `in_layers.0`, `in_layers.2` and `op`.
+Attribute names are the checkpoint's parameter names: `in_layers_norm`, `in_layers_conv.conv` and `op.conv`
+are the MindSpore port's spelling of Stability's `in_layers.0`, `in_layers.2` and `op`.
 """
 
 import math
@@ -12,34 +12,36 @@ from mindspore import Tensor, nn, ops
 
 from ldm.config import UNetConfig
 from ldm.networks.attention import SpatialTransformer
-from ldm.networks.kernels import AddPerChannel, upsample_nearest
-from ldm.networks.layers import Conv2d, Dense, GroupNormSiLU
+from ldm.networks.kernels import upsample_nearest
+from ldm.networks.layer_set import LayerSet
 
 
 class Conv(nn.Cell):
     """A convolution under the name `conv`. The layers of a block are all called with (h, emb, context)."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, dtype=ms.float32) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: LayerSet, kernel: int = 3, stride: int = 1
+    ) -> None:
         super().__init__()
-        self.conv = Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, dtype=dtype)
+        self.conv = layers.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2)
 
     def construct(self, h, emb=None, context=None):
         return self.conv(h)
 
 
 class Downsample(nn.Cell):
-    def __init__(self, channels: int, dtype) -> None:
+    def __init__(self, channels: int, layers: LayerSet) -> None:
         super().__init__()
-        self.op = Conv(channels, channels, stride=2, dtype=dtype)
+        self.op = Conv(channels, channels, layers, stride=2)
 
     def construct(self, h, emb, context):
         return self.op(h)
 
 
 class Upsample(nn.Cell):
-    def __init__(self, channels: int, dtype) -> None:
+    def __init__(self, channels: int, layers: LayerSet) -> None:
         super().__init__()
-        self.conv = Conv(channels, channels, dtype=dtype)
+        self.conv = Conv(channels, channels, layers)
 
     def construct(self, h, emb, context):
         return self.conv(upsample_nearest(h))
@@ -48,19 +50,27 @@ class Upsample(nn.Cell):
 class ResBlock(nn.Cell):
     """Two convolutions around a residual, with the time embedding added between them."""
 
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int, dropout: float, dtype) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        groups: int,
+        dropout: float,
+        layers: LayerSet,
+    ) -> None:
         super().__init__()
-        self.in_layers_norm = GroupNormSiLU(groups, in_channels, epsilon=1e-5)
-        self.in_layers_conv = Conv(in_channels, out_channels, dtype=dtype)
-        self.emb_layers = nn.SequentialCell(nn.SiLU(), Dense(emb_channels, out_channels, dtype=dtype))
-        self.out_layers_norm = GroupNormSiLU(groups, out_channels, epsilon=1e-5)
-        self.out_layers_conv = Conv(out_channels, out_channels, dtype=dtype)
+        self.in_layers_norm = layers.GroupNormSiLU(groups, in_channels, epsilon=1e-5)
+        self.in_layers_conv = Conv(in_channels, out_channels, layers)
+        self.emb_layers = nn.SequentialCell(nn.SiLU(), layers.Dense(emb_channels, out_channels))
+        self.out_layers_norm = layers.GroupNormSiLU(groups, out_channels, epsilon=1e-5)
+        self.out_layers_conv = Conv(out_channels, out_channels, layers)
         self.dropout = nn.Dropout(p=dropout)
-        self.add_per_channel = AddPerChannel()
+        self.add_per_channel = layers.AddPerChannel()
         if in_channels == out_channels:
             self.skip_connection = nn.Identity()
         else:
-            self.skip_connection = Conv(in_channels, out_channels, kernel=1, dtype=dtype)
+            self.skip_connection = Conv(in_channels, out_channels, layers, kernel=1)
 
     def construct(self, h, emb, context):
         x = h
@@ -75,7 +85,7 @@ class UNetModel(nn.Cell):
 
     Args:
         config: sizes.
-        dtype: compute dtype, float32 or float16. The weights are float32.
+        layers: what it is built of; their compute dtype is float32 or float16, the weights are float32.
 
     Inputs:
         x_t: (B, 4, H/8, W/8) float32, t: (B,) int32, context: (B, 77, context_dim).
@@ -84,26 +94,30 @@ class UNetModel(nn.Cell):
         (B, 4, H/8, W/8) float32.
     """
 
-    def __init__(self, config: UNetConfig, dtype=ms.float32) -> None:
+    def __init__(self, config: UNetConfig, layers: LayerSet) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype = layers.dtype
         width = config.model_channels
         emb_channels = 4 * width
         half = width // 2
         self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / half)[None].astype(np.float32))
         self.time_embed = nn.SequentialCell(
-            Dense(width, emb_channels, dtype=dtype), nn.SiLU(), Dense(emb_channels, emb_channels, dtype=dtype)
+            layers.Dense(width, emb_channels), nn.SiLU(), layers.Dense(emb_channels, emb_channels)
         )
 
         def res_block(in_channels, out_channels):
-            return ResBlock(in_channels, out_channels, emb_channels, config.norm_groups, config.dropout, dtype)
+            return ResBlock(
+                in_channels, out_channels, emb_channels, config.norm_groups, config.dropout, layers
+            )
 
         def transformer(channels):
             heads = channels // config.head_channels
-            return SpatialTransformer(channels, config.context_dim, heads, config.norm_groups, config.dropout, dtype)
+            return SpatialTransformer(
+                channels, config.context_dim, heads, config.norm_groups, config.dropout, layers
+            )
 
         levels = list(enumerate(width * mult for mult in config.channel_mult))
-        input_blocks = [nn.CellList([Conv(config.in_channels, width, dtype=dtype)])]
+        input_blocks = [nn.CellList([Conv(config.in_channels, width, layers)])]
         skips, channels = [width], width
         for level, out_channels in levels:
             attends = 2**level in config.attention_resolutions
@@ -113,7 +127,7 @@ class UNetModel(nn.Cell):
                 channels = out_channels
                 skips.append(channels)
             if level + 1 < len(levels):
-                input_blocks.append(nn.CellList([Downsample(channels, dtype)]))
+                input_blocks.append(nn.CellList([Downsample(channels, layers)]))
                 skips.append(channels)
         self.input_blocks = nn.CellList(input_blocks)
 
@@ -124,15 +138,19 @@ class UNetModel(nn.Cell):
         for level, out_channels in reversed(levels):
             attends = 2**level in config.attention_resolutions
             for index in range(config.num_res_blocks + 1):
-                block = [res_block(channels + skips.pop(), out_channels)] + ([transformer(out_channels)] if attends else [])
+                block = [res_block(channels + skips.pop(), out_channels)] + (
+                    [transformer(out_channels)] if attends else []
+                )
                 channels = out_channels
                 if level and index == config.num_res_blocks:
-                    block.append(Upsample(channels, dtype))
+                    block.append(Upsample(channels, layers))
                 output_blocks.append(nn.CellList(block))
         self.output_blocks = nn.CellList(output_blocks)
 
         self.out = nn.SequentialCell(
-            GroupNormSiLU(config.norm_groups, channels, epsilon=1e-5), nn.Identity(), Conv(channels, config.out_channels, dtype=dtype)
+            layers.GroupNormSiLU(config.norm_groups, channels, epsilon=1e-5),
+            nn.Identity(),
+            Conv(channels, config.out_channels, layers),
         )
 
     def construct(self, x_t, t, context):

@@ -1,7 +1,9 @@
-"""What a training's result follows from, and where it can be taken up: a state, its beginning, or nowhere.
+"""What a training's result follows from, and where it can be resumed: from a state, from its beginning, or
+not at all.
 
-`run.json` in the output folder says what the run there is made of, from its first update on, and whether it has ended. States come minutes
-apart: killed before the first one, a run can only begin again, and only as it was, for its checkpoints are written anew.
+`run.json` in the output folder says what the run there is made of, from its first update on, and whether it
+has ended. States come minutes apart: killed before the first one, a run can only begin again, and only as it
+was, for its checkpoints are written again.
 """
 
 import dataclasses
@@ -10,11 +12,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm import device as runtime
 from ldm.config import ConfigError, ModelConfig
+from ldm.files import fingerprint, write_text
 from ldm.options import TrainOptions
-from ldm.ranks import Ranks
-from ldm.run.states import State, States, fingerprint, read_state
+from ldm.run.states import State, States, read_state
 
 RECORD = "run.json"
 logger = logging.getLogger(__name__)
@@ -22,11 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training is taken up.
+    """Where a training begins.
 
     Attributes:
         state: to restore, or None for the beginning.
-        origin: what the run in the output folder, or that of the state, is made of; None where there is none to be the same as.
+        origin: what the run in the output folder, or that of the state, is made of; None where there is none
+            to be the same as.
         ended: the last update of a run that has ended, or None.
     """
 
@@ -38,54 +40,78 @@ class Start:
     def global_step(self) -> int:
         return self.state.progress["global_step"] if self.state else 0
 
-    def is_done(self, total_steps: int) -> bool:
-        """Whether nothing is left to do. With a state of the end its checkpoints can be written again, should they be missing."""
-        return self.ended is not None and total_steps <= self.ended and self.global_step < self.ended
+    def summary(self) -> list[int]:
+        """Numbers that differ where two processes would start differently."""
+        return [self.global_step if self.state else -1, self.ended or -1, int(self.origin is None)]
+
+    def is_done(self, total_updates: int) -> bool:
+        """Whether nothing is left to do.
+
+        With a state of the end its checkpoints can be written again, should they be missing.
+        """
+        return self.ended is not None and total_updates <= self.ended and self.global_step < self.ended
 
     def changes(self, now: dict) -> list[str]:
         """What differs from the run that was begun, as far as `now` tells."""
         before = self.origin if self.origin is not None else now
-        return [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+        return [
+            f"{name} {before.get(name)} -> {value}"
+            for name, value in now.items()
+            if before.get(name) != value
+        ]
 
-    def compare(self, now: dict, allowed: bool) -> None:
-        """Raises ConfigError where the training would not be the one that was begun, as far as `now` tells, unless that is allowed."""
+    def require_same(self, now: dict, allowed: bool) -> None:
+        """Raises ConfigError where the training would not be the one that was begun, as far as `now` tells,
+        unless allowed.
+        """
         changes = self.changes(now)
         if changes and not self.state:
             raise ConfigError(
-                f"resume: changed since the run began: {'; '.join(changes)}; it has saved no state, so that it could only begin again as "
-                "it was: give another folder"
+                f"resume: changed since the run began: {'; '.join(changes)}; it has saved no state, so that "
+                f"it could only "
+                "begin again as it was: give another folder"
             )
         if changes and not allowed:
             raise ConfigError(
-                f"resume: changed since the state was saved: {'; '.join(changes)}; --allow_changed_options=True continues all the same"
+                f"resume: changed since the state was saved: {'; '.join(changes)}; "
+                f"--allow_changed_options=True continues anyway"
             )
         for change in changes:
             logger.warning("resume: changed: %s", change)
 
-    def require_a_way_on(self, total_steps: int, output: Path) -> None:
-        """Raises ConfigError where a run that has ended is to be made longer, and has kept no state to do so."""
-        if self.ended is not None and not self.state and total_steps > self.ended:
+    def require_that_it_can_continue(self, total_updates: int, output: Path) -> None:
+        """Raises ConfigError where a run that has ended is to be made longer, but has kept no state."""
+        if self.ended is not None and not self.state and total_updates > self.ended:
             raise ConfigError(
-                f"resume: the run in {output} ended after {self.ended} updates and kept no state to continue from "
-                "(--save_state_minutes=0 keeps one); give another folder, there with --pretrained_model_path=FILE, its last checkpoint"
+                f"resume: the run in {output} ended after {self.ended} updates and kept no state to continue "
+                f"from "
+                "(--save_state_minutes=0 keeps one); give another folder, there with "
+                "--pretrained_model_path=FILE, its last checkpoint"
             )
 
 
 def results(output: Path) -> list[Path]:
     """What a run has left in its output folder and another must not overwrite."""
-    return sorted(path.relative_to(output) for path in [*output.glob("dreambooth_epoch_*"), *output.glob("states/step_*")])
+    return sorted(
+        path.relative_to(output)
+        for path in [*output.glob("dreambooth_epoch_*"), *output.glob("states/step_*")]
+    )
 
 
-def find_start(options: TrainOptions, states: States) -> Start:
-    """Where `--resume` takes the training up. Raises ConfigError where results are there, but nothing to continue from."""
-    if options.resume is None:
+def resumes_here(resume: str | None, output: Path) -> bool:
+    """Whether --resume continues the run in this output folder."""
+    return resume == "latest" or bool(
+        resume and Path(resume).resolve().parent == (output / "states").resolve()
+    )
+
+
+def find_start(resume: str | None, output: Path, states: States) -> Start:
+    """Where `--resume` begins. Raises ConfigError where results are there, but nothing to continue from."""
+    if resume is None:
         return Start()
-    output = Path(options.output_path)
     record = read_record(output)
-    if options.resume != "latest":
-        state = read_state(Path(options.resume))
-        is_own = state.path.resolve().parent == states.folder.resolve()
-        return _from_state(state, record if is_own else None)
+    if resume != "latest":
+        return _from_state(read_state(Path(resume)), record if resumes_here(resume, output) else None)
     if state := states.latest():
         return _from_state(state, record)
     found = results(output)
@@ -94,11 +120,16 @@ def find_start(options: TrainOptions, states: States) -> Start:
         return Start()
     if states.paths() or not record:
         raise ConfigError(
-            f"resume: output_path {output} holds {found[-1]}, but no state that can be read; give another folder to start anew, "
-            "there with --pretrained_model_path=FILE to train a checkpoint on"
+            f"resume: output_path {output} holds {found[-1]}, but no state that can be read; give another "
+            f"folder to start "
+            "again, there with --pretrained_model_path=FILE to continue training a checkpoint"
         )
     if record["ended"] is None:
-        logger.warning("resume: the run was stopped before it saved a state (--save_state_minutes): starting from the beginning")
+        text = (
+            "resume: the run was stopped before it saved a state (--save_state_minutes): starting from "
+            "the beginning"
+        )
+        logger.warning(text)
     return Start(None, record["origin"], record["ended"])
 
 
@@ -111,22 +142,36 @@ def read_record(output: Path) -> dict | None:
     """What `write_record` wrote, or None where there is nothing that can be read."""
     try:
         record = json.loads((output / RECORD).read_text(encoding="utf-8"))
-        return {"origin": dict(record["origin"]), "ended": None if record["ended"] is None else int(record["ended"])}
+        ended = record["ended"]
+        return {"origin": dict(record["origin"]), "ended": None if ended is None else int(ended)}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def write_record(output: Path, origin: dict, ended: int | None = None) -> None:
-    """Note what the run is made of, before its first update; and with the number of its last, that it has ended."""
-    runtime.write_text(output / RECORD, json.dumps({"origin": origin, "ended": ended}, indent=2) + "\n")
+    """Note what the run is made of, before its first update; and with the number of its last, that it has
+    ended.
+    """
+    write_text(output / RECORD, json.dumps({"origin": origin, "ended": ended}, indent=2) + "\n")
 
 
-def origin_of(options: TrainOptions, config: ModelConfig, instance_paths: list[Path], ranks: Ranks) -> dict:
-    """What a training's result follows from, to be compared when it is resumed; but for the class pictures, which may yet be drawn."""
+def origin_of(
+    options: TrainOptions, config: ModelConfig, instance_paths: list[Path], samples_per_update: int
+) -> dict:
+    """What a training's result follows from, to be compared when it is resumed; without the class images, see
+    below.
+
+    The names are those in the files of saved states.
+    """
     return {
         **options.training_facts(),
-        "instance pictures an update": options.samples_per_update * ranks.size,
+        "instance pictures an update": samples_per_update,
         "instance pictures": fingerprint(instance_paths),
         "base model": fingerprint([options.checkpoint]),
         "model configuration": json.loads(json.dumps(dataclasses.asdict(config))),
     }
+
+
+def origin_of_class_images(paths: list[Path]) -> dict:
+    """The rest of it, which is known only when the missing ones have been generated."""
+    return {"class pictures": fingerprint(paths)}

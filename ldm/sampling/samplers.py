@@ -1,8 +1,9 @@
 """Samplers: from noise x_T to clean latents, one function each. They know a denoiser, never a network.
 
-A denoiser is called as `denoise(x_t, t)` with x_t (B, C, H, W) and the step index t, and answers what the network
-predicts there; the schedule says what that means. Each sampler is a generator that yields the latents after every step.
-Arithmetic is float64 on the host: the latents are small, and the networks' time outweighs it by far.
+A denoiser is called as `denoise(x_t, t)` with x_t (B, C, H, W) and the step index t, and answers what the
+network predicts there; the schedule says what that means. Each sampler is a generator that yields the latents
+after every step. Arithmetic is float64 on the host: the latents are small, and the networks' time outweighs
+it by far.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,10 @@ Latents = Iterator[np.ndarray]
 
 
 def _ddim_step(schedule: NoiseSchedule, x, prediction, t: int, stride: int, sigma=0.0, noise=0.0):
-    """One step from t to t - stride (Song et al. 2021, eq. 12). Behind the first step alpha stays that of step 0."""
+    """One step from t to t - stride (Song et al. 2021, eq. 12).
+
+    Behind the first step alpha stays that of step 0.
+    """
     alpha = schedule.alphas_cumprod[max(t - stride, 0)]
     eps, x0 = schedule.to_eps(prediction, x, t), schedule.to_x0(prediction, x, t)
     return np.sqrt(alpha) * x0 + np.sqrt(1 - alpha - sigma**2) * eps + sigma * noise
@@ -26,7 +30,10 @@ def sample_ddim(
     denoise: Denoiser, x_T: np.ndarray, schedule: NoiseSchedule, steps: int, eta: float = 0.0,
     noise: Callable[[int], np.ndarray] | None = None,
 ) -> Latents:  # fmt: skip
-    """DDIM (Song et al. 2021). With eta > 0, `noise(i)` gives step i's fresh noise, shaped as x_T; eta 1 is DDPM's."""
+    """DDIM (Song et al. 2021).
+
+    With eta > 0, `noise(i)` gives step i's fresh noise, shaped as x_T; eta 1 is DDPM's.
+    """
     if eta and noise is None:
         raise ValueError("eta > 0 needs noise")
     x, stride = x_T, schedule.timesteps // steps
@@ -50,7 +57,12 @@ def sample_plms(denoise: Denoiser, x_T: np.ndarray, schedule: NoiseSchedule, ste
             blend = (prediction + denoise(ahead, int(t - stride))) / 2
         else:  # Adams-Bashforth weights over the last predictions
             recent = [prediction, *history]
-            weights = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+            weights = {
+                1: (1,),
+                2: (3 / 2, -1 / 2),
+                3: (23 / 12, -16 / 12, 5 / 12),
+                4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+            }
             blend = sum(w * p for w, p in zip(weights[len(recent)], recent))
         history = [prediction, *history[:2]]
         x = _ddim_step(schedule, x, blend, t, stride)
@@ -71,14 +83,16 @@ def _solver_grid(schedule: NoiseSchedule, steps: int, last_alpha_bar: float):
 
 
 def sample_dpm_solver(denoise: Denoiser, x_T: np.ndarray, schedule: NoiseSchedule, steps: int) -> Latents:
-    """DPM-Solver, second order, multi-step, on the noise (Lu et al. 2022); ends at the noise level of step 0."""
+    """DPM-Solver, second order, multi-step, on the noise (Lu et al. 2022); ends at the noise of step 0."""
     grid, alpha, sigma, lam = _solver_grid(schedule, steps, schedule.alphas_cumprod[0])
     x, before = x_T, None
     for i, t in enumerate(grid):
         eps = schedule.to_eps(denoise(x, int(t)), x, t)
         h = lam[i + 1] - lam[i]
         estimate = eps
-        if before is not None and not (i == steps - 1 and steps < 15):  # few steps: the last of first order, stable
+        if before is not None and not (
+            i == steps - 1 and steps < 15
+        ):  # few steps: the last of first order, stable
             estimate = eps + 0.5 * h / (lam[i] - lam[i - 1]) * (eps - before)
         x = alpha[i + 1] / alpha[i] * x - sigma[i + 1] * np.expm1(h) * estimate
         before = eps
@@ -86,7 +100,9 @@ def sample_dpm_solver(denoise: Denoiser, x_T: np.ndarray, schedule: NoiseSchedul
 
 
 def sample_dpm_solver_pp(denoise: Denoiser, x_T: np.ndarray, schedule: NoiseSchedule, steps: int) -> Latents:
-    """DPM-Solver++ (2M), on the clean latents (Lu et al. 2022b, algorithm 2); the last step, of first order, ends at x_0."""
+    """DPM-Solver++ (2M), on the clean latents (Lu et al. 2022b, algorithm 2); the last step, of first order,
+    ends at x_0.
+    """
     grid, alpha, sigma, lam = _solver_grid(schedule, steps, 1.0)
     x, before = x_T, None
     for i, t in enumerate(grid):
@@ -101,7 +117,8 @@ def sample_dpm_solver_pp(denoise: Denoiser, x_T: np.ndarray, schedule: NoiseSche
 
 
 def sample_uni_pc(denoise: Denoiser, x_T: np.ndarray, schedule: NoiseSchedule, steps: int) -> Latents:
-    """UniPC, second order, B2(h), on the clean latents (Zhao et al. 2023): a predictor, corrected by the next evaluation.
+    """UniPC, second order, B2(h), on the clean latents (Zhao et al. 2023): a predictor, corrected by the next
+    evaluation.
 
     The corrector reuses the network's answer at the predicted point, so a step costs one evaluation.
     """

@@ -1,4 +1,4 @@
-"""DreamBooth's loss: instance term plus prior-preservation term (Ruiz et al. 2022, arXiv 2208.12242, eq. 1)."""
+"""DreamBooth's loss, instance and prior-preservation term (Ruiz et al. 2022, arXiv 2208.12242, eq. 1)."""
 
 import mindspore as ms
 import numpy as np
@@ -6,7 +6,7 @@ from mindspore import Tensor, nn, ops
 
 from ldm.networks.text_encoder import TextEncoder
 from ldm.networks.unet import UNetModel
-from ldm.schedule import NoiseSchedule
+from ldm.schedule import NoiseSchedule, add_noise, velocity
 
 
 class DreamBoothLoss(nn.Cell):
@@ -14,7 +14,8 @@ class DreamBoothLoss(nn.Cell):
 
     Args:
         unet: the denoising network.
-        text_encoder: trained along, then `text` is token ids; None: `text` is the context, encoded beforehand.
+        text_encoder: trained along, then `text` is token ids; None: `text` is the context, encoded
+            beforehand.
         schedule: noise levels and what the UNet predicts.
         prior_loss_weight: weight of the class term; None: there are no class samples.
 
@@ -26,7 +27,13 @@ class DreamBoothLoss(nn.Cell):
         The loss, and its instance and class term (0 without one), float32 scalars.
     """
 
-    def __init__(self, unet: UNetModel, text_encoder: TextEncoder | None, schedule: NoiseSchedule, prior_loss_weight: float | None) -> None:
+    def __init__(
+        self,
+        unet: UNetModel,
+        text_encoder: TextEncoder | None,
+        schedule: NoiseSchedule,
+        prior_loss_weight: float | None,
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.unet = unet
         self.trains_text = text_encoder is not None
@@ -41,8 +48,8 @@ class DreamBoothLoss(nn.Cell):
     def construct(self, latents, text, t, noise):
         signal = ops.gather(self.sqrt_alpha, t, 0).reshape(-1, 1, 1, 1)
         level = ops.gather(self.sqrt_one_minus_alpha, t, 0).reshape(-1, 1, 1, 1)
-        x_t = signal * latents + level * noise  # Ho et al. 2020, eq. 4
-        target = signal * noise - level * latents if self.is_v else noise
+        x_t = add_noise(latents, noise, signal, level)
+        target = velocity(latents, noise, signal, level) if self.is_v else noise
         context = self.text_encoder(text) if self.trains_text else text
         error = ops.square(self.unet(x_t, t, context).astype(ms.float32) - target)
         if not self.has_prior:

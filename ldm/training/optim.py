@@ -10,22 +10,37 @@ from mindspore.common.initializer import initializer
 
 EPSILON = 1e-8
 GROUPS = 24
-# Loops over hundreds of parameters are written as maps: MindSpore unrolls a `for` into nested calls, and their depth is limited.
+# Loops over hundreds of parameters are written as maps: MindSpore unrolls a `for` into nested calls, and
+# their depth is limited.
 _adam = ops.MultitypeFuncGraph("adam")
 _blend = ops.MultitypeFuncGraph("blend")
 
 
 @_adam.register(
-    "Function", "Function", "Number", "Number", "Tensor", "Tensor", "Tensor", "Number", "Tensor", "Tensor", "Tensor", "Tensor", "Bool"
+    "Function",
+    "Function",
+    "Number",
+    "Number",
+    "Tensor",
+    "Tensor",
+    "Tensor",
+    "Number",
+    "Tensor",
+    "Tensor",
+    "Tensor",
+    "Tensor",
+    "Bool",
 )
-def _adam_one(kernel, shrink, beta1, beta2, rate, epsilon, decay, l2, parameter, moment1, moment2, gradient, decayed):
+def _adam_one(  # noqa: PLR0913 (called by MindSpore)
+    kernel, shrink, beta1, beta2, rate, epsilon, decay, l2, parameter, moment1, moment2, gradient, decayed
+):
     gradient = gradient.astype(ms.float32)
     if decayed:
         if l2 > 0:
             gradient = gradient + l2 * parameter
         else:
             gradient = ops.depend(gradient, shrink(parameter, decay, parameter))
-    # powers of beta given as 0: the bias correction is in rate and epsilon
+    # beta powers are 0: Adam's bias correction is already in `rate` and `epsilon` (see `scalars`)
     return kernel(parameter, moment1, moment2, 0.0, 0.0, rate, beta1, beta2, epsilon, gradient)[0]
 
 
@@ -36,8 +51,11 @@ def _blend_one(decay, rest, average, source):
 
 def zeros_beside(parameters: Sequence[Parameter], prefix: str) -> ParameterTuple:
     """A parameter of zeros for each of `parameters`, named after it."""
-    # clone() would first draw initial values for a parameter that a checkpoint has filled, and keep them: a copy of the weights.
-    return ParameterTuple([Parameter(initializer("zeros", p.shape, p.dtype), name=f"{prefix}.{p.name}") for p in parameters])
+    # clone() would first draw initial values for a parameter that a checkpoint has filled, and keep them: a
+    # copy of the weights.
+    return ParameterTuple(
+        [Parameter(initializer("zeros", p.shape, p.dtype), name=f"{prefix}.{p.name}") for p in parameters]
+    )
 
 
 def has_weight_decay(name: str) -> bool:
@@ -45,28 +63,42 @@ def has_weight_decay(name: str) -> bool:
     return not name.endswith((".gamma", ".beta", ".bias"))
 
 
+def equal_groups(sizes: Sequence[int], count: int) -> tuple[tuple[int, int], ...]:
+    """Cut a sequence into at most `count` runs (first, end) of about equal sums; none is empty."""
+    reached = np.cumsum(sizes) * count / sum(sizes)  # in groups
+    starts = [0, *(int(index) for index in np.searchsorted(reached, np.arange(1, count)))]
+    return tuple((first, end) for first, end in zip(starts, [*starts[1:], len(sizes)]) if first < end)
+
+
 class AdamW(nn.Cell):
-    """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), or with L2 decay ("adam").
+    """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), or with L2 decay
+    ("adam").
 
-    Two kernels, `p -= (rate * weight_decay) p` and Adam, take 46 ms for 50M values on 2 cores with AVX-512, where the fused
-    AdamWeightDecay takes 154. Adam's scalars are inputs, so the bias correction rides in them: with c1 = 1 - beta1^t and
-    c2 = sqrt(1 - beta2^t), (m / c1) / (sqrt(v) / c2 + eps) is c2 / c1 * m / (sqrt(v) + eps c2).
+    Two kernels, `p -= (rate * weight_decay) p` and Adam, take 46 ms for 50M values on 2 cores with AVX-512,
+    where the fused AdamWeightDecay takes 154. Adam's scalars are inputs, so the bias correction rides in
+    them: with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t), (m / c1) / (sqrt(v) / c2 + eps) is c2 / c1 * m /
+    (sqrt(v) + eps c2).
 
-    The parameters are updated in groups, one after the other: where nothing else needs all gradients at once, a group's
-    gradients are used up before the next group's are computed, and never are all of them in memory.
+    The parameters are updated in groups, one after the other: where nothing else needs all gradients at once,
+    a group's gradients are used up before the next group's are computed, and never are all of them in memory.
 
     Args:
-        parameters: what to train, in the order in which the backward pass comes by; names decide about weight decay.
+        parameters: what to train, in the order in which the backward pass comes by; names decide about weight
+            decay.
         decoupled: True for AdamW, False for Adam with the decay added to the gradient.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], betas: tuple[float, float], weight_decay: float, decoupled: bool) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        betas: tuple[float, float],
+        weight_decay: float,
+        decoupled: bool,
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.parameters = ParameterTuple(parameters)
         self.moment1, self.moment2 = zeros_beside(parameters, "adam_m"), zeros_beside(parameters, "adam_v")
-        ends = np.cumsum([p.size for p in parameters]) * GROUPS / sum(p.size for p in parameters)
-        starts = [0, *(int(index) for index in np.searchsorted(ends, np.arange(1, GROUPS)))]
-        self.bounds = tuple((a, b) for a, b in zip(starts, [*starts[1:], len(parameters)]) if a < b)
+        self.bounds = equal_groups([p.size for p in parameters], GROUPS)
         self.betas, self.decoupled = betas, decoupled
         self.weight_decay = weight_decay
         self.decayed = tuple(weight_decay > 0 and has_weight_decay(p.name) for p in parameters)
@@ -83,19 +115,33 @@ class AdamW(nn.Cell):
     def construct(self, gradients, rate, epsilon, decay):
         done = ()
         for a, b in self.bounds:
-            update = ops.partial(_adam, self.kernel, self.shrink, self.betas[0], self.betas[1], rate, epsilon, decay, self.l2)
-            group = self.parameters[a:b], self.moment1[a:b], self.moment2[a:b], gradients[a:b], self.decayed[a:b]
+            update = ops.partial(
+                _adam, self.kernel, self.shrink, self.betas[0], self.betas[1], rate, epsilon, decay, self.l2
+            )
+            group = (
+                self.parameters[a:b],
+                self.moment1[a:b],
+                self.moment2[a:b],
+                gradients[a:b],
+                self.decayed[a:b],
+            )
             updated = self.map(update, *group)
-            # MindSpore orders kernels backwards from the outputs: what the next group's rate waits for comes before its gradients
+            # MindSpore orders kernels backwards from the outputs: what the next group's rate waits for comes
+            # before its gradients
             rate = ops.depend(rate, updated)
             done = done + updated
         return done
 
 
 class LearningRate:
-    """Constant, with a linear warm-up and a cosine decay where asked. Call with the number of updates done."""
+    """Constant, with a linear warm-up and a cosine decay where asked.
 
-    def __init__(self, start: float, end: float | None = None, warmup_steps: int = 0, decay_steps: int = 0) -> None:
+    Call with the number of updates done.
+    """
+
+    def __init__(
+        self, start: float, end: float | None = None, warmup_steps: int = 0, decay_steps: int = 0
+    ) -> None:
         self.start, self.end = start, end or 0.0
         self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
 
@@ -109,7 +155,9 @@ class LearningRate:
 
 
 class LossScale:
-    """Dynamic loss scale (Micikevicius et al. 2018): shrinks at an overflow, grows after `window` updates without one."""
+    """Dynamic loss scale (Micikevicius et al. 2018): shrinks at an overflow, grows after `window` updates
+    without one.
+    """
 
     def __init__(self, initial: float, factor: float, window: int) -> None:
         self.value, self.factor, self.window, self.good_updates = initial, factor, window, 0

@@ -9,11 +9,13 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.ops.auto_generate import SplitWithSize
 
+from ldm.device import is_on_cpu
 from ldm.ranks import Ranks
 from ldm.training.loss import DreamBoothLoss
 from ldm.training.optim import AdamW, zeros_beside
 
-SMALL = 65536  # values; hundreds of small kernels cost 30 us each to start, one Concat of all small gradients 3 ms
+# values; hundreds of small kernels cost 30 us each to start, one Concat of all small gradients 3 ms
+SMALL = 65536
 _norm_part = ops.MultitypeFuncGraph("norm_part")
 _scale = ops.MultitypeFuncGraph("scale")
 _add_to = ops.MultitypeFuncGraph("add_to")
@@ -29,7 +31,9 @@ def _norm_part_one(gradient):
         return gradient.reshape(-1).astype(ms.float32)
     squares = ops.square(gradient.astype(ms.float32))
     if gradient.ndim > 1:  # on 29M values 17 ms, against 95 for the sum over all axes at once
-        squares = ops.matmul(ops.ones((1, gradient.shape[0]), ms.float32), squares.reshape(gradient.shape[0], -1))
+        squares = ops.matmul(
+            ops.ones((1, gradient.shape[0]), ms.float32), squares.reshape(gradient.shape[0], -1)
+        )
     return ops.sqrt(squares.sum()).reshape(1)
 
 
@@ -61,13 +65,14 @@ def _shaped_one(values, shape):
 class MeanOverRanks(nn.Cell):
     """Gradients averaged over the processes of a data-parallel training.
 
-    On a CPU an exchange costs 8 ms however small it is: there all gradients travel as one array. On Ascend each has an
-    exchange of its own, which MindSpore joins (all_reduce_fusion) and overlaps with the backward pass.
+    On a CPU an exchange costs 8 ms however small it is: there all gradients travel as one array. On Ascend
+    each has an exchange of its own, which MindSpore joins (all_reduce_fusion) and overlaps with the backward
+    pass.
     """
 
     def __init__(self, parameters: Sequence[ms.Parameter], ranks: Ranks) -> None:
         super().__init__(auto_prefix=False)
-        self.is_joined = ms.get_context("device_target") == "CPU"
+        self.is_joined = is_on_cpu()
         self.factor = 1 / ranks.size
         self.shapes, sizes = tuple(p.shape for p in parameters), [p.size for p in parameters]
         # In two levels: MindSpore's compiler gives up on a split into hundreds of parts.
@@ -99,10 +104,13 @@ class Update(nn.Cell):
         scales: whether `inverse_scale` is ever other than 1.
 
     Returns:
-        Whether the update was applied, and the global norm of the gradients before clipping (0 without clipping).
+        Whether the update was applied, and the global norm of the gradients before clipping (0 without
+        clipping).
     """
 
-    def __init__(self, optimizer: AdamW, max_grad_norm: float | None, can_overflow: bool, scales: bool, ranks: Ranks) -> None:
+    def __init__(
+        self, optimizer: AdamW, max_grad_norm: float | None, can_overflow: bool, scales: bool, ranks: Ranks
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.optimizer = optimizer
         self.averages = ranks.size > 1
@@ -123,7 +131,9 @@ class Update(nn.Cell):
         if self.clips:
             norm = ops.sqrt(ops.square(ops.cat(self.map(_norm_part, gradients))).sum()) * inverse_scale
             # as torch.nn.utils.clip_grad_norm_: a millionth keeps the quotient finite
-            inverse_scale = inverse_scale * ops.minimum(self.max_grad_norm / (norm + 1e-6), Tensor(1.0, ms.float32))
+            inverse_scale = inverse_scale * ops.minimum(
+                self.max_grad_norm / (norm + 1e-6), Tensor(1.0, ms.float32)
+            )
         if self.scales:
             gradients = self.map(ops.partial(_scale, inverse_scale), gradients)
         if self.can_overflow:
@@ -135,7 +145,9 @@ class Update(nn.Cell):
 
 
 class TrainStep(nn.TrainOneStepCell):
-    """Loss and gradients of one batch; then the update, or with accumulation their addition to the running sum."""
+    """Loss and gradients of one batch; then the update, or with accumulation their addition to the running
+    sum.
+    """
 
     def __init__(self, loss: DreamBoothLoss, optimizer: AdamW, update: Update, accumulates: bool) -> None:
         super().__init__(loss, optimizer)
@@ -148,16 +160,18 @@ class TrainStep(nn.TrainOneStepCell):
 
     def scaled_loss(self, latents, text, t, noise, scale):
         loss, instance_loss, class_loss = self.network(latents, text, t, noise)
-        return loss * scale, instance_loss, class_loss
+        return loss * scale, loss, instance_loss, class_loss
 
-    def construct(self, latents, text, t, noise, scale, inverse_scale, rate, epsilon, decay):
-        (loss, instance_loss, class_loss), gradients = self.loss_and_gradients(latents, text, t, noise, scale)
+    def construct(self, latents, text, t, noise, scale, inverse_scale, rate, epsilon, decay):  # noqa: PLR0913
+        (_, loss, instance_loss, class_loss), gradients = self.loss_and_gradients(
+            latents, text, t, noise, scale
+        )
         applied, norm = Tensor(True), Tensor(0.0, ms.float32)
         if self.accumulates:
             self.map(_add_to, self.sums, gradients)
         else:
             applied, norm = self.update(gradients, inverse_scale, rate, epsilon, decay)
-        return loss * inverse_scale, instance_loss, class_loss, applied, norm
+        return loss, instance_loss, class_loss, applied, norm
 
 
 class AccumulatedUpdate(nn.Cell):

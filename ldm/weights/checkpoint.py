@@ -1,33 +1,36 @@
-"""Checkpoint files: read, load strictly, write atomically. Names are the official checkpoint's (sd_v2_base-57526ee4.ckpt)."""
+"""Checkpoint files: read, load strictly, write atomically.
+
+Names are the official checkpoint's (sd_v2_base-57526ee4.ckpt).
+"""
 
 import hashlib
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn
-from safetensors.numpy import save_file
 
-from ldm.device import write_text
+from ldm.files import appears_whole, sha256_of, write_text
 from ldm.weights.layouts import Selected, what_it_is
-from ldm.weights.mindspore_ckpt import CKPT_DTYPES, WeightFile, write_ckpt
+from ldm.weights.mindspore_ckpt import CKPT_DTYPES, read_ckpt, write_ckpt
+from ldm.weights.safetensors_files import is_safetensors, read_safetensors, write_safetensors
 
 DIGESTS = "checkpoints.sha256"
 logger = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: Path) -> Mapping[str, np.ndarray]:
-    """Parameter name to array, from a MindSpore .ckpt or a safetensors file; an array is read when it is asked for.
+    """Parameter name to array, from a MindSpore .ckpt or a safetensors file; an array is read when it is
+    asked for.
 
-    Where a file `checkpoints.sha256` lies beside it and names it, its SHA-256 is compared first. MindSpore's published files have the
-    first eight digits of theirs in their name (sd_v2_base-57526ee4.ckpt): a warning says where they differ.
+    Where a file `checkpoints.sha256` lies beside it and names it, its SHA-256 is compared first. MindSpore's
+    published files have the first eight digits of theirs in their name (sd_v2_base-57526ee4.ckpt): a warning
+    says where they differ.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -36,19 +39,26 @@ def read_checkpoint(path: Path) -> Mapping[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path}: no such file; see models/README.md for where to get it")
-    wanted = recorded_digests(path.parent).get(path.name)
-    if wanted and sha256_of(path) != wanted:
-        raise ValueError(f"{path}: not what was written, its SHA-256 differs from the one in {DIGESTS}; it is damaged or was replaced")
+    recorded = recorded_digests(path.parent).get(path.name)
+    if recorded and sha256_of(path) != recorded:
+        raise ValueError(
+            f"{path}: not what was written, its SHA-256 differs from the one in {DIGESTS}; it is damaged or "
+            f"was replaced"
+        )
     published = re.search(r"-(?!\d{8})([0-9a-f]{8})\.ckpt$", path.name)  # eight decimal digits are a date
-    if published and not wanted and not (digest := sha256_of(path)).startswith(published[1]):
+    if published and not recorded and not (digest := sha256_of(path)).startswith(published[1]):
         logger.warning(
-            "%s: its SHA-256 begins with %s, not with %s as its name says: damaged, changed, or another file; if in doubt, get it anew",
+            "%s: its SHA-256 begins with %s, not with %s as its name says: damaged, changed, or another "
+            "file; if in doubt, get it again",
             path, digest[:8], published[1],
         )  # fmt: skip
     try:
-        return WeightFile(path)
+        return read_safetensors(path) if is_safetensors(path) else read_ckpt(path)
     except ValueError as error:
-        raise ValueError(f"{path}: not a readable .ckpt or .safetensors file ({str(error).splitlines()[0]}); get it anew") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: not a readable .ckpt or .safetensors file ({reason}); get it again"
+        ) from None
 
 
 def _examples(names) -> str:
@@ -56,8 +66,14 @@ def _examples(names) -> str:
     return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
+def load_checkpoint(net: nn.Cell, path: str | Path) -> None:
+    """Fill every parameter of `net` from a file. Raises as `read_checkpoint` and `load_weights` do."""
+    load_weights(net, read_checkpoint(Path(path)), str(path))
+
+
 def load_weights(net: nn.Cell, weights: Mapping[str, np.ndarray], source: str) -> None:
-    """Fill every parameter of `net` from a file's `weights`, as `fill` does, but for entries that are known to be of no use to it.
+    """Fill every parameter of `net` from a file's `weights`, as `fill` does, but for entries that are known
+    to be of no use to it.
 
     Raises:
         ValueError: as `fill`; where it is known what the file is instead, the message says that.
@@ -70,18 +86,28 @@ def load_weights(net: nn.Cell, weights: Mapping[str, np.ndarray], source: str) -
         if kind := what_it_is(weights, parameters):
             raise ValueError(f"{source}: {kind}") from None
         raise
-    logger.info("%s: %d parameters, %.1fM values", source, len(parameters), sum(p.size for p in parameters.values()) / 1e6)
+    logger.info(
+        "%s: %d parameters, %.1fM values",
+        source,
+        len(parameters),
+        sum(p.size for p in parameters.values()) / 1e6,
+    )
     if selected.unused:
         logger.info(
-            "%s: left out, since nothing reads them: %s", source, "; ".join(f"{len(n)} {kind}" for kind, n in selected.unused.items())
+            "%s: left out, since nothing reads them: %s",
+            source,
+            "; ".join(f"{len(n)} {kind}" for kind, n in selected.unused.items()),
         )
 
 
 def fill(parameters: Mapping[str, ms.Parameter], weights: Mapping[str, np.ndarray], source: str) -> None:
-    """Fill every one of `parameters` from `weights`, cast to its dtype; all or nothing. Asks twice for each array, in turn.
+    """Fill every one of `parameters` from `weights`, cast to its dtype; all or nothing.
+
+    Asks twice for each array, in turn.
 
     Raises:
-        ValueError: names are missing or unknown, or an array is of another shape, no float array or not finite; with counts and examples.
+        ValueError: names are missing or unknown, or an array is of another shape, no float array or not
+            finite; with counts and examples.
     """
     missing, extra = parameters.keys() - weights.keys(), weights.keys() - parameters.keys()
     shapes, kinds, infinite = [], [], []
@@ -104,7 +130,10 @@ def fill(parameters: Mapping[str, ms.Parameter], weights: Mapping[str, np.ndarra
     }
     found = "; ".join(f"{what}: {_examples(names)}" for what, names in wrong.items() if names)
     if found:
-        raise ValueError(f"{source}: does not fit the model configuration, parameters {found}; is it the right pair of files?")
+        raise ValueError(
+            f"{source}: does not match the model configuration: parameters {found}. Check that they belong "
+            f"together."
+        )
     for name, parameter in parameters.items():
         parameter.set_data(ms.Tensor(_cast(weights[name], parameter)))
 
@@ -115,13 +144,15 @@ def _cast(values: np.ndarray, parameter: ms.Parameter) -> np.ndarray:
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Without an array of booleans: no sum in float64 of finite float32 values overflows, and NaN and Inf stay."""
+    """Without an array of booleans: no sum in float64 of finite float32 values overflows, and NaN and Inf
+    stay.
+    """
     with np.errstate(invalid="ignore"):  # Inf - Inf
         return bool(np.isfinite(values.sum(dtype=np.float64)))
 
 
 def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path, record: bool = False) -> str:
-    """Write a checkpoint, .ckpt (MindSpore) or .safetensors by its suffix, under a temporary name that is then renamed.
+    """Write a checkpoint, .ckpt (MindSpore) or .safetensors by its suffix; it appears whole or not at all.
 
     Args:
         record: note its SHA-256 in `checkpoints.sha256` beside it, before it gets its name.
@@ -132,25 +163,17 @@ def save_weights(weights: Mapping[str, np.ndarray | ms.Tensor], path: Path, reco
     Raises:
         ValueError: a value is no array, or of a dtype that cannot be stored.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
+    with appears_whole(path) as file:
         if path.suffix == ".safetensors":
-            save_file({name: np.asarray(_array(value), order="C") for name, value in weights.items()}, partial)
-            digest = sha256_of(partial)
+            write_safetensors({name: _array(value) for name, value in weights.items()}, Path(file.name))
+            digest = sha256_of(Path(file.name))
         else:
-            with open(partial, "wb") as file:
-                hashing = _Hashing(file)
-                write_ckpt(hashing, ((name, _array(value)) for name, value in weights.items()))
+            hashing = _Hashing(file)
+            write_ckpt(hashing, ((name, _array(value)) for name, value in weights.items()))
             digest = hashing.digest.hexdigest()
-        to_disk(partial)
         if record:
             record_digest(path, digest)
-        os.replace(partial, path)
-        to_disk(path.parent)  # the new name, too, is to outlive a power cut
-        return digest
-    finally:
-        partial.unlink(missing_ok=True)
+    return digest
 
 
 def recorded_digests(folder: Path) -> dict[str, str]:
@@ -182,30 +205,6 @@ class _Hashing:
         self.digest.update(content)
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's content; a file that has not changed since is read once only."""
-    status = os.stat(path)
-    return _sha256(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-@lru_cache(maxsize=64)
-def _sha256(path: str, *_: int) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _array(value: np.ndarray | ms.Tensor) -> np.ndarray:
     """On a CPU a tensor's own memory, no copy."""
     return value.asnumpy() if isinstance(value, ms.Tensor) else np.asarray(value)
@@ -216,8 +215,9 @@ def weights_of(net: nn.Cell) -> dict[str, ms.Tensor]:
     return {parameter.name: parameter for parameter in net.get_parameters()}
 
 
-def spill(net: nn.Cell, folder: Path) -> dict[str, np.memmap]:
-    """Move the parameters of `net` out of memory: their values by name, in a file in `folder` that has no name and ends with the process.
+def move_to_disk(net: nn.Cell, folder: Path) -> dict[str, np.memmap]:
+    """The parameters of `net` by name, moved out of memory into a file in `folder` that has no name and ends
+    with the process.
 
     Afterwards `net` is of no use.
     """
@@ -231,6 +231,7 @@ def spill(net: nn.Cell, folder: Path) -> dict[str, np.memmap]:
         file.flush()
         content = np.memmap(file, np.uint8, "r")
     for parameter in net.get_parameters():
-        # MindSpore holds on to the parameters of the cell that it compiled last: dropping the cell alone frees nothing.
+        # MindSpore holds on to the parameters of the cell that it compiled last: dropping the cell alone
+        # frees nothing.
         parameter.set_data(ms.Tensor([0], parameter.dtype), slice_shape=True)
     return {name: content[place].view(dtype).reshape(shape) for name, (place, dtype, shape) in places.items()}

@@ -1,106 +1,49 @@
-"""The two formats of weight files, MindSpore's .ckpt and safetensors: what lies where, and one array at a time.
+"""MindSpore's .ckpt files: what lies where, and writing them as ms.load_checkpoint reads them.
 
-Knows no network and no MindSpore; never holds more than one array of a file. A .ckpt is a protobuf message (MindSpore's checkpoint.proto):
+Without MindSpore.
+
+Never holds more than one array of a file. A .ckpt is a protobuf message (MindSpore's checkpoint.proto):
     Checkpoint { repeated Value value = 1; }      Value { string tag = 1; TensorProto tensor = 2; }
     TensorProto { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3; }
-A large array is several consecutive values of one tag, each with the dims of the whole. `crc_num` and ten bytes may follow.
+A large array is several consecutive values of one tag, each with the dims of the whole. `crc_num` and ten
+bytes may follow.
 """
 
-import json
-import math
 import mmap
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-DTYPES = {  # MindSpore's name, in lower case NumPy's: safetensors' name
-    "Float32": "F32", "Float16": "F16", "Float64": "F64", "Int8": "I8", "Int16": "I16", "Int32": "I32", "Int64": "I64",
-    "UInt8": "U8", "UInt16": "U16", "UInt32": "U32", "UInt64": "U64", "Bool": "BOOL",
-}  # fmt: skip
-CKPT_DTYPES = {name: np.dtype(name.lower()) for name in DTYPES}
-SAFETENSORS_DTYPES = {DTYPES[name]: dtype for name, dtype in CKPT_DTYPES.items()}
+from ldm.weights.arrays import ArraysInFile, Entry, make_entry
+
+CKPT_DTYPES = {  # MindSpore's name, in lower case NumPy's
+    name: np.dtype(name.lower())
+    for name in "Float32 Float16 Float64 Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Bool".split()
+}
 VARINT, BYTES = 0, 2  # protobuf's wire types
 ENCRYPTED = bytes.fromhex("d85e3a7f")  # the first bytes of what ms.save_checkpoint(enc_key=...) writes
 CRC = b"crc_num"
 PIECE = 512 * 2**20  # bytes of an array in one value of a .ckpt, as MindSpore cuts it
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where an array lies: its bytes are the pieces (offset, size) of the file, joined."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    pieces: list[tuple[int, int]]
-
-
-class WeightFile(Mapping):
-    """Name to array; every access reads that array from the file, into memory of its own.
+def read_ckpt(path: Path) -> ArraysInFile:
+    """Name to array; an array is read when it is asked for.
 
     Raises:
-        ValueError: the file is neither a .ckpt nor safetensors, is damaged, or has an array of a dtype that NumPy has not.
+        ValueError: the file is no .ckpt, is encrypted or damaged, or has an array of a dtype that NumPy has
+            not.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")
-        self._entries = _safetensors_entries(self._file) if is_safetensors(path) else _ckpt_entries(self._file)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        entry = self._entries[name]
-        content, start = np.empty(sum(size for _, size in entry.pieces), np.uint8), 0
-        for offset, size in entry.pieces:
-            self._file.seek(offset)
-            if self._file.readinto(content[start : start + size]) != size:
-                raise ValueError(f"{self._file.name}: cut off within {name!r}; was it overwritten while it was read?")
-            start += size
-        return content.view(entry.dtype).reshape(entry.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-def is_safetensors(path: Path) -> bool:
-    """Whether the content (not the name) is safetensors: a header length of 8 bytes, then a JSON object."""
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
-
-
-def _entry(name: str, dtypes: Mapping[str, np.dtype], dtype: str, shape: tuple[int, ...], pieces: list[tuple[int, int]]) -> Entry:
-    if dtype not in dtypes:
-        raise ValueError(f"{name!r}: dtype {dtype!r} is not supported")
-    wanted, found = math.prod(shape) * dtypes[dtype].itemsize, sum(size for _, size in pieces)
-    if wanted != found or max(shape, default=0) >= 2**63:
-        raise ValueError(f"{name!r}: {dtype} of shape {shape} has {wanted} bytes, the file has {found}")
-    return Entry(dtypes[dtype], shape, pieces)
-
-
-def _safetensors_entries(file: BinaryIO) -> dict[str, Entry]:
-    try:
-        with safe_open(file.name, "numpy"):  # checks that the arrays fit their shapes and fill the file without gap or overlap
-            pass
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
-    start = 8 + int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(start - 8))
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, info in header.items():
-        first, last = info["data_offsets"]
-        entries[name] = _entry(name, SAFETENSORS_DTYPES, info["dtype"], tuple(info["shape"]), [(start + first, last - first)])
-    return entries
+    file = open(path, "rb")
+    return ArraysInFile(file, _ckpt_entries(file))
 
 
 def _ckpt_entries(file: BinaryIO) -> dict[str, Entry]:
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:  # only the pages between the arrays' contents are touched
+    with mmap.mmap(
+        file.fileno(), 0, access=mmap.ACCESS_READ
+    ) as data:  # only the pages between the arrays' contents are touched
         if data[:4] == ENCRYPTED:
             raise ValueError("it is encrypted, which is not supported")
         end = len(data)
@@ -116,10 +59,15 @@ def _ckpt_entries(file: BinaryIO) -> dict[str, Entry]:
                 raise ValueError(f"{name!r}: its pieces differ in dtype or shape")
             found[name][1].append(piece)
             last = name
-    return {name: _entry(name, CKPT_DTYPES, *description, pieces) for name, (description, pieces) in found.items()}
+    return {
+        name: make_entry(name, CKPT_DTYPES, *description, pieces)
+        for name, (description, pieces) in found.items()
+    }
 
 
-def _ckpt_value(data: mmap.mmap, span: tuple[int, int]) -> tuple[str, tuple[str, tuple[int, ...]], tuple[int, int]]:
+def _ckpt_value(
+    data: mmap.mmap, span: tuple[int, int]
+) -> tuple[str, tuple[str, tuple[int, ...]], tuple[int, int]]:
     """Name, (dtype, shape) and (offset, size) of the content."""
     value = _message(data, span, {1: BYTES, 2: BYTES})
     if not len(value[1]) == len(value[2]) == 1:
@@ -129,12 +77,16 @@ def _ckpt_value(data: mmap.mmap, span: tuple[int, int]) -> tuple[str, tuple[str,
     if not len(tensor[2]) == len(tensor[3]) == 1:
         raise ValueError(f"{name!r}: not one dtype and one content")
     start, end = tensor[3][0]
-    shape = () if tensor[1] == [0] and end > start else tuple(tensor[1])  # older versions of MindSpore write a scalar's dims as [0]
+    # older versions of MindSpore write a scalar's dims as [0]
+    shape = () if tensor[1] == [0] and end > start else tuple(tensor[1])
     return name, (_text(data, tensor[2][0]), shape), (start, end - start)
 
 
 def _message(data: mmap.mmap, span: tuple[int, int], kinds: Mapping[int, int]) -> dict[int, list]:
-    """The fields of a protobuf message by number: ints, and for bytes their (start, end). `kinds` are the wire types there may be."""
+    """The fields of a protobuf message by number: ints, and for bytes their (start, end).
+
+    `kinds` are the wire types there may be.
+    """
     fields: dict[int, list] = {number: [] for number in kinds}
     at, end = span
     while at < end:
@@ -167,23 +119,27 @@ def _text(data: mmap.mmap, span: tuple[int, int]) -> str:
     return data[span[0] : span[1]].decode()
 
 
-def _check_crc(file: BinaryIO, size: int, wanted: int) -> None:
+def _check_crc(file: BinaryIO, size: int, written: int) -> None:
     file.seek(0)
     crc = 0
     for start in range(0, size, 2**20):
         crc = zlib.crc32(file.read(min(2**20, size - start)), crc)
-    if crc != wanted:
-        raise ValueError(f"its checksum is {crc:08x}, {wanted:08x} was written")
+    if crc != written:
+        raise ValueError(f"its checksum is {crc:08x}, {written:08x} was written")
 
 
 def write_ckpt(file: BinaryIO, weights: Iterable[tuple[str, np.ndarray]], piece: int = PIECE) -> None:
-    """Write arrays one after the other as ms.load_checkpoint reads them. Raises ValueError for a dtype that cannot be stored."""
+    """Write arrays one after the other as ms.load_checkpoint reads them.
+
+    Raises ValueError for a dtype that cannot be stored.
+    """
     names = {dtype: name for name, dtype in CKPT_DTYPES.items()}
     for name, array in weights:
         if array.dtype not in names:
             raise ValueError(f"{name!r}: an array of dtype {array.dtype} cannot be stored")
         dims = b"".join(bytes([1 << 3 | VARINT]) + _as_varint(dim) for dim in array.shape)
-        content = np.asarray(array, order="C").reshape(-1).view(np.uint8)  # a copy only where it is not contiguous
+        # a copy only where it is not contiguous
+        content = np.asarray(array, order="C").reshape(-1).view(np.uint8)
         for start in range(0, max(1, content.size), piece):
             part = content[start : start + piece]
             tensor = dims + _head(2, names[array.dtype].encode()) + _head(3, b"", part.size)

@@ -1,8 +1,10 @@
-"""PyTorch's weight files (.bin, .pt), for conversion only: tensors are built, and nothing that a file names is imported or called.
+"""PyTorch's weight files (.bin, .pt), for conversion only: tensors are built, and nothing that a file names
+is imported or called.
 
-Such a file is a ZIP archive: `NAME/data.pkl`, a pickle of the state dictionary, in which storages are references; and `NAME/data/KEY`,
-their bytes, not compressed. The pickle is run with an allow-list of five names, by Python's own implementation, which unlike the one
-in C allocates nothing for what the pickle only announces.
+Such a file is a ZIP archive: `NAME/data.pkl`, a pickle of the state dictionary, in which storages are
+references; and `NAME/data/KEY`, their bytes, not compressed. The pickle is run with an allow-list of five
+names, by Python's own implementation, which unlike the one in C allocates nothing for what the pickle only
+announces.
 """
 
 import math
@@ -17,15 +19,19 @@ from pathlib import Path
 import numpy as np
 
 STORAGES = {
-    "FloatStorage": np.float32, "HalfStorage": np.float16, "DoubleStorage": np.float64, "LongStorage": np.int64,
-    "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
+    "FloatStorage": np.float32, "HalfStorage": np.float16, "DoubleStorage": np.float64,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
 }  # fmt: skip
 LARGEST_PICKLE = 64 * 2**20  # bytes; the one of Stable Diffusion 2's UNet has 0.1 MB
 
 
 OPERATIONS = (  # of a pickle, as far as state dictionaries use them
-    "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE EMPTY_DICT EMPTY_LIST "
-    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND APPENDS BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL REDUCE BINPERSID"
+    "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE "
+    "EMPTY_DICT EMPTY_LIST "
+    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND APPENDS BINPUT LONG_BINPUT BINGET "
+    "LONG_BINGET GLOBAL REDUCE BINPERSID"
 ).split()
 
 
@@ -53,17 +59,24 @@ class _Unpickler(pickle._Unpickler):
             return _parameter
         if module == "torch" and name in STORAGES:
             return np.dtype(STORAGES[name])
-        raise ValueError(f"the pickle asks for {module}.{name}, which is no part of a tensor: refused, and not run")
+        raise ValueError(
+            f"the pickle asks for {module}.{name}, which is no part of a tensor: refused, and not run"
+        )
 
     def persistent_load(self, reference) -> _Storage:
         kind, dtype, key, _, count = reference
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str) or not isinstance(count, int):
+        if (
+            kind != "storage"
+            or not isinstance(dtype, np.dtype)
+            or not isinstance(key, str)
+            or not isinstance(count, int)
+        ):
             raise ValueError("a reference of the pickle is not a storage of numbers")
         if key not in self.storages:
             size = count * dtype.itemsize
             content = _member(self.archive, f"{self.root}/data/{key}", min(size, self.left))
             if len(content) != size:
-                raise ValueError(f"storage {key}: {size} bytes wanted, {len(content)} are there")
+                raise ValueError(f"storage {key}: must have {size} bytes, got {len(content)}")
             self.left -= size
             self.storages[key] = _Storage(np.frombuffer(content, dtype))
         return self.storages[key]
@@ -74,7 +87,9 @@ class _Unpickler(pickle._Unpickler):
         if not isinstance(self.stack[-1], OrderedDict):
             raise ValueError("the pickle sets attributes of something else than a dictionary")
 
-    dispatch = {code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in OPERATIONS)}
+    dispatch = {
+        code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in OPERATIONS)
+    }
     dispatch[pickle.BUILD[0]] = load_build
 
 
@@ -89,19 +104,29 @@ def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
 
 
 def _tensor(storage, offset, shape, stride, *_) -> np.ndarray:
-    """torch._utils._rebuild_tensor_v2 for what a state dictionary holds: a part of a storage, every value once."""
-    if not isinstance(storage, _Storage):  # a tensor, too, would be an array, but its values need not lie one after the other
+    """torch._utils._rebuild_tensor_v2 for what a state dictionary holds: a part of a storage, every value
+    once.
+    """
+    if not isinstance(
+        storage, _Storage
+    ):  # a tensor, too, would be an array, but its values need not lie one after the other
         raise ValueError("a tensor without a storage")
     storage = storage.values
     numbers = [offset, *shape, *stride]
     if len(shape) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ValueError(f"a tensor of shape {shape} and stride {stride}")
-    reach = offset + sum((side - 1) * step for side, step in zip(shape, stride)) + 1 if 0 not in shape else offset
+    reach = (
+        offset + sum((side - 1) * step for side, step in zip(shape, stride)) + 1 if 0 not in shape else offset
+    )
     if reach > storage.size or math.prod(shape) > storage.size:
-        raise ValueError(f"a tensor of shape {shape} and stride {stride} does not fit its storage of {storage.size} values")
+        raise ValueError(
+            f"a tensor of shape {shape} and stride {stride} does not fit its storage of {storage.size} values"
+        )
     if 0 in shape:
         return np.empty(tuple(shape), storage.dtype)
-    return np.lib.stride_tricks.as_strided(storage[offset:], tuple(shape), [step * storage.itemsize for step in stride], writeable=False)
+    return np.lib.stride_tricks.as_strided(
+        storage[offset:], tuple(shape), [step * storage.itemsize for step in stride], writeable=False
+    )
 
 
 def _parameter(tensor, *_) -> np.ndarray:
@@ -116,14 +141,20 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            roots = [name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
+            roots = [
+                name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")
+            ]
             if len(roots) != 1:
                 raise ValueError("no data.pkl in it, or several")
             content = _Unpickler(archive, roots[0]).load()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: not a PyTorch ZIP archive ({error}); files from before PyTorch 1.6 are not read") from None
+        raise ValueError(
+            f"{path}: not a PyTorch ZIP archive ({error}); files from before PyTorch 1.6 are not read"
+        ) from None
     except Exception as error:  # a damaged pickle raises whatever its next operation finds
-        raise ValueError(f"{path}: not a readable PyTorch file ({str(error) or type(error).__name__})") from None
+        raise ValueError(
+            f"{path}: not a readable PyTorch file ({str(error) or type(error).__name__})"
+        ) from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if (

@@ -1,23 +1,29 @@
-"""This project against PyTorch with diffusers: the same sizes, the same work, in turns, each job in a process of its own.
+"""This project against PyTorch with diffusers: the same sizes, the same work, in turns, each job in a process
+of its own.
 
     python scripts/bench/bench.py --preset tiny
     python scripts/bench/bench.py --preset full --figures step,denoise,decode --json bench.json
-    python scripts/bench/bench.py --ranks 2             # how training scales: see scripts/bench/bench_ranks.py
+    python scripts/bench/bench.py --ranks 2             # how training scales: see
+    scripts/bench/bench_ranks.py
 
-Each side fills its networks with random weights of its own; values do not matter here (tests/ compare those). A figure is
-the median of its timed repetitions over all rounds; the first of every process is left out, since it compiles. The peer
-runs as its users run it: fused attention, default threads, in the memory layout (channels first or last) that is measured
-to be the faster, without a cap on oneDNN's instruction set. Nothing else should run meanwhile.
+Each side fills its networks with random weights of its own; values do not matter here (tests/ compare those).
+A figure is the median of its timed repetitions over all rounds; the first of every process is left out, since
+it compiles. The peer runs as its users run it: fused attention, default threads, in the memory layout
+(channels first or last) that is measured to be the faster, without a cap on oneDNN's instruction set. Nothing
+else should run meanwhile.
 
 figures:
-  step         a training step, UNet only, clipping and AdamW; the peer encodes its pictures in every step, as diffusers'
+  step         a training step, UNet only, clipping and AdamW; the peer encodes its pictures in every step, as
+  diffusers'
                train_dreambooth.py does, ours takes cached latents
   step_cached  the same with cached latents on both sides
-  text_step    a training step, UNet and text encoder; the peer encodes in every step and has gradient checkpointing on;
+  text_step    a training step, UNet and text encoder; the peer encodes in every step and has gradient
+  checkpointing on;
                neither clips, as is this project's default
   denoise      a denoising step of one picture with guidance (the UNet on a batch of 2)
   decode       one picture from its latents
-  start        seconds from loaded weights to the end of the first training step, less a steady step: with an empty
+  start        seconds from loaded weights to the end of the first training step, less a steady step: with an
+  empty
                folder of compiled graphs (round 1), and with the one that round 1 left behind
   sample       pictures with guidance, PLMS / PNDM
   memory       resident memory late in a training against early in it
@@ -42,9 +48,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import bench_ranks
 
-from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, read_model_config
+from ldm.config import (
+    AutoencoderConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    read_model_config,
+)
 from ldm.tokenizer import Tokenizer
-from ldm.weights.diffusers_names import diffusers_configs
+from ldm.weights.diffusers_folder import diffusers_configs
 
 PROMPTS = ("a photo of sks dog", "a photo of a dog", "")  # of the instance, of the class, negative
 
@@ -74,13 +87,16 @@ def presets() -> dict[str, Preset]:
     medium = dataclasses.replace(
         full,
         image_size=256,
-        unet=dataclasses.replace(full.unet, model_channels=128, num_res_blocks=1, context_dim=512),  # 94.1M parameters
+        unet=dataclasses.replace(
+            full.unet, model_channels=128, num_res_blocks=1, context_dim=512
+        ),  # 94.1M parameters
         autoencoder=dataclasses.replace(full.autoencoder, base_channels=64),  # 20.9M
         text_encoder=dataclasses.replace(full.text_encoder, width=512, heads=8, layers=6),  # 44.3M
     )
     smoke = ModelConfig(
         image_size=32, use_fp16=False, unet=UNetConfig(4, 4, 32, (1, 2), 1, (1,), 16, 48, norm_groups=8),
-        autoencoder=AutoencoderConfig(3, 4, 16, (1, 2), 1, 0.5, norm_groups=4), text_encoder=TextEncoderConfig(49408, 77, 48, 3, 1),
+        autoencoder=AutoencoderConfig(3, 4, 16, (1, 2), 1, 0.5, norm_groups=4),
+        text_encoder=TextEncoderConfig(49408, 77, 48, 3, 1),
         noise_schedule=ScheduleConfig(1000, 0.00085, 0.012, "epsilon"),
     )  # fmt: skip
     light = ("step", "step_cached", "text_step", "denoise", "decode", "start")
@@ -99,17 +115,23 @@ def run_job(side: str, preset: Preset, cache: Path, **fields) -> dict:
     Args:
         side: `ours` or `peer`: scripts/bench_<side>.py.
         cache: folder of MindSpore's compiled graphs.
-        fields: `task` is train, memory, profile, denoise, decode or sample, and on the peer's side layout, which finds
-            the faster memory layout. `encode`: the peer's VAE works in every step. `channels_last`: the peer's memory
-            layout; None: the process finds the faster one itself. The rest as in Preset.
+        fields: `task` is train, memory, profile, denoise, decode or sample, and on the peer's side layout,
+            which finds the faster memory layout. `encode`: the peer's VAE works in every step.
+            `channels_last`: the peer's memory layout; None: the process finds the faster one itself. The rest
+            as in Preset.
     """
     config = preset.config
     job = {
-        "train_text_encoder": False, "encode": False, "channels_last": None, "steps": preset.steps, "batch": preset.batch,
-        "pictures": 1, "sampling_steps": preset.sampling_steps, "memory_steps": preset.memory_steps, "prompts": PROMPTS,
-        "token_ids": Tokenizer(config.text_encoder.context_length)(PROMPTS).tolist(), "diffusers": diffusers_configs(config),
+        "train_text_encoder": False, "encode": False, "channels_last": None, "steps": preset.steps,
+        "batch": preset.batch,
+        "pictures": 1, "sampling_steps": preset.sampling_steps, "memory_steps": preset.memory_steps,
+        "prompts": PROMPTS,
+        "token_ids": Tokenizer(config.text_encoder.context_length)(PROMPTS).tolist(),
+        "diffusers": diffusers_configs(config),
     } | fields  # fmt: skip
-    environment = {name: value for name, value in ENVIRONMENT.items() if side == "ours" or name != "ONEDNN_MAX_CPU_ISA"}
+    environment = {
+        name: value for name, value in ENVIRONMENT.items() if side == "ours" or name != "ONEDNN_MAX_CPU_ISA"
+    }
     environment |= {"MS_COMPILER_CACHE_PATH": str(cache), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         job["model_config"] = str(Path(folder) / "model.json")
@@ -119,7 +141,9 @@ def run_job(side: str, preset: Preset, cache: Path, **fields) -> dict:
         worker = [sys.executable, str(Path(__file__).with_name(f"bench_{side}.py")), str(file)]
         done = subprocess.run(worker, env=environment, cwd=folder, capture_output=True, text=True)
     if done.returncode < 0:
-        return {"error": f"killed by signal {-done.returncode}" + " (out of memory?)" * (done.returncode == -9)}
+        return {
+            "error": f"killed by signal {-done.returncode}" + " (out of memory?)" * (done.returncode == -9)
+        }
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -149,7 +173,10 @@ class Runs:
 
     @cached_property
     def channels_last(self) -> bool | None:
-        """Whether the peer trains faster with channels last. Found by a job of its own, so as not to raise the peak memory."""
+        """Whether the peer trains faster with channels last.
+
+        Found by a job of its own, so as not to raise the peak memory.
+        """
         result = run_job("peer", self.preset, self.cache, task="layout")
         print(f"the peer's memory layout in training: {result}", file=sys.stderr)
         return result.get("channels_last")
@@ -157,10 +184,16 @@ class Runs:
     def training(self, kind: str, least_rounds: int = 1) -> dict[str, list[dict]]:
         trains_text = kind == "text_step"
         ours = dict(task="train", train_text_encoder=trains_text)
-        return self.pair(ours, ours | dict(encode=kind != "step_cached", channels_last=self.channels_last), max(self.rounds, least_rounds))
+        return self.pair(
+            ours,
+            ours | dict(encode=kind != "step_cached", channels_last=self.channels_last),
+            max(self.rounds, least_rounds),
+        )
 
     def drawing(self, task: str) -> dict[str, list[dict]]:
-        fields = dict(task=task, steps=1, pictures=self.preset.pictures) if task == "sample" else dict(task=task)
+        fields = (
+            dict(task=task, steps=1, pictures=self.preset.pictures) if task == "sample" else dict(task=task)
+        )
         return self.pair(fields, fields, self.rounds)
 
     def memory(self) -> dict[str, list[dict]]:
@@ -192,44 +225,80 @@ def start_up(run: dict) -> float:
 def figures(kind: str, runs: Runs):
     """The rows of one of the figures that the command line names."""
     names = {
-        "step": "train_step_encode", "step_cached": "train_step_cached", "text_step": "train_step_text_encoder",
-        "denoise": "denoise_step", "decode": "vae_decode", "sample": f"sample_{runs.preset.sampling_steps}_steps",
+        "step": "train_step_encode", "step_cached": "train_step_cached",
+        "text_step": "train_step_text_encoder",
+        "denoise": "denoise_step", "decode": "vae_decode",
+        "sample": f"sample_{runs.preset.sampling_steps}_steps",
     }  # fmt: skip
     if kind == "start":
         ours, peer = runs.training("step", least_rounds=2).values()
         for turn, name in enumerate(("first_step_cold", "first_step_cached")):
-            yield row(name, "s", {"ours": [ours[turn]], "peer": peer}, lambda those: median(map(start_up, those)))
+            yield row(
+                name, "s", {"ours": [ours[turn]], "peer": peer}, lambda those: median(map(start_up, those))
+            )
     elif kind == "memory":
         results = runs.memory()
         for turn, step in enumerate(runs.preset.memory_steps):
-            yield row(f"memory_at_step_{step}", "GiB", results, lambda those, turn=turn: those[0]["resident_gib"][turn])
-        flat = row("memory_flat", "late / early", results, lambda those: those[0]["resident_gib"][1] / those[0]["resident_gib"][0])
+            yield row(
+                f"memory_at_step_{step}",
+                "GiB",
+                results,
+                lambda those, turn=turn: those[0]["resident_gib"][turn],
+            )
+        flat = row(
+            "memory_flat",
+            "late / early",
+            results,
+            lambda those: those[0]["resident_gib"][1] / those[0]["resident_gib"][0],
+        )
         yield flat | {"ratio": flat["ours"]}
     else:
         results = runs.training(kind) if kind in ("step", "step_cached", "text_step") else runs.drawing(kind)
         yield row(names[kind], "s", results, seconds)
-        yield row(f"peak_memory_{names[kind]}", "GiB", results, lambda those: max(run["peak_gib"] for run in those))
+        yield row(
+            f"peak_memory_{names[kind]}", "GiB", results, lambda those: max(run["peak_gib"] for run in those)
+        )
 
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def line(figure: dict) -> str:
-    ours, peer, ratio = (f"{figure[key]:>10.3f}" if figure[key] is not None else f"{'-':>10}" for key in ("ours", "peer", "ratio"))
-    return f"{figure['name']:<36} {ours} {peer} {ratio}  {figure['unit']}" + (f"  {figure['error']}" if "error" in figure else "")
+    ours, peer, ratio = (
+        f"{figure[key]:>10.3f}" if figure[key] is not None else f"{'-':>10}"
+        for key in ("ours", "peer", "ratio")
+    )
+    return f"{figure['name']:<36} {ours} {peer} {ratio}  {figure['unit']}" + (
+        f"  {figure['error']}" if "error" in figure else ""
+    )
 
 
 def main() -> None:
     known = presets()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=known, default="tiny", help="sizes; smoke is for the tests [%(default)s]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset", choices=known, default="tiny", help="sizes; smoke is for the tests [%(default)s]"
+    )
     parser.add_argument("--figures", help=f"some of {','.join(known['smoke'].figures)} [the preset's]")
-    parser.add_argument("--steps", type=int, help="timed repetitions of a process, after the first [the preset's]")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of either side for a figure, in turns [%(default)s]")
-    parser.add_argument("--ranks", type=int, help="instead: this many processes with a core each against one (the peer) with one core")
+    parser.add_argument(
+        "--steps", type=int, help="timed repetitions of a process, after the first [the preset's]"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="processes of either side for a figure, in turns [%(default)s]"
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        help="instead: this many processes with a core each against one (the peer) with one core",
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file, after each of them")
     options = parser.parse_args()
     preset = known[options.preset]
@@ -238,11 +307,21 @@ def main() -> None:
         parser.error("ranks: 2 or more wanted")
     unknown = set(chosen) - set(known["smoke"].figures)
     if unknown or min(options.rounds, options.steps or 1) < 1:
-        parser.error(f"unknown figures {sorted(unknown)}" if unknown else "steps and rounds: 1 or more wanted")
+        parser.error(
+            f"unknown figures {sorted(unknown)}" if unknown else "steps and rounds: 1 or more wanted"
+        )
     if options.steps:
         preset = dataclasses.replace(preset, steps=options.steps)
-    report = {"figures": [], "preset": options.preset, "steps": preset.steps, "rounds": options.rounds, "processor": processor()}
-    report["versions"] = {name: version(name) for name in ("mindspore", "torch", "diffusers", "transformers", "numpy")}
+    report = {
+        "figures": [],
+        "preset": options.preset,
+        "steps": preset.steps,
+        "rounds": options.rounds,
+        "processor": processor(),
+    }
+    report["versions"] = {
+        name: version(name) for name in ("mindspore", "torch", "diffusers", "transformers", "numpy")
+    }
     with tempfile.TemporaryDirectory() as cache:
         runs = Runs(preset, options.rounds, Path(cache))
         for kind in chosen if not options.ranks else ["ranks"]:
@@ -251,8 +330,15 @@ def main() -> None:
                 print(line(figure), file=sys.stderr)
             if options.json:
                 options.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\n{options.preset} on {report['processor']}; {', '.join(' '.join(pair) for pair in report['versions'].items())}")
-    print(f"{'figure':<36} {'ours':>10} {'peer':>10} {'ratio':>10}  unit", *map(line, report["figures"]), sep="\n")
+    print(
+        f"\n{options.preset} on {report['processor']}; "
+        f"{', '.join(' '.join(pair) for pair in report['versions'].items())}"
+    )
+    print(
+        f"{'figure':<36} {'ours':>10} {'peer':>10} {'ratio':>10}  unit",
+        *map(line, report["figures"]),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A job of scripts/bench/bench.py or scripts/bench/profile_step.py on this project's side; prints its result as one JSON line.
+"""A job of scripts/bench/bench.py or scripts/bench/profile_step.py on this project's side; prints its result
+as one JSON line.
 
     python scripts/bench/bench_ours.py JOB.json
 
@@ -19,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ldm import device as runtime
 from ldm.config import read_model_config
+from ldm.device import start_device
 from ldm.options import TrainOptions
+from ldm.run.compile_cache import CompileCache
 
 
 def random_weights(model) -> None:
@@ -31,7 +33,9 @@ def random_weights(model) -> None:
     block = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32) * 0.02
     for parameter in model.get_parameters():
         is_norm = parameter.name.endswith("gamma")
-        parameter.set_data(ms.Tensor(np.ones(parameter.shape, np.float32) if is_norm else np.resize(block, parameter.shape)))
+        parameter.set_data(
+            ms.Tensor(np.ones(parameter.shape, np.float32) if is_norm else np.resize(block, parameter.shape))
+        )
 
 
 def resident_gib() -> float:
@@ -48,38 +52,51 @@ def timed(function, times: int) -> list[float]:
     return seconds
 
 
-def training(job, model, config):
-    """A function that makes one training step and waits for its loss. The moments, which a user's run has in its cache, are random."""
+def training(job, model, config, graphs):
+    """A function that makes one training step and waits for its loss.
+
+    The moments, which a user's run has in its cache, are random.
+    """
+    from dataclasses import replace
+
     from mindspore import Tensor
 
     from ldm.networks.autoencoder import posterior_sample
-    from ldm.training.samples import DreamBoothData
-    from ldm.training.trainer import Trainer, settle_recompute
+    from ldm.run.checkpoints import Checkpoints
+    from ldm.training.inputs import Inputs, encode_prompts
+    from ldm.training.samples import DreamBoothSamples
+    from ldm.training.trainer import build_trainer, count_values, settle_recompute
 
     size, batch = config.image_size, job["batch"]
     options = TrainOptions(
-        instance_prompt=job["prompts"][0], class_prompt=job["prompts"][1], image_size=size, train_batch_size=batch,
-        train_text_encoder=job["train_text_encoder"], clip_grad=not job["train_text_encoder"], max_grad_norm=1.0,
+        instance_prompt=job["prompts"][0], class_prompt=job["prompts"][1], image_size=size,
+        train_batch_size=batch,
+        train_text_encoder=job["train_text_encoder"], clip_grad=not job["train_text_encoder"],
+        max_grad_norm=1.0,
     )  # fmt: skip
-    options = settle_recompute(options, model, config)
+    values = count_values(model, options.train_text_encoder)
+    options = replace(options, recompute=settle_recompute(None, values.trained, config.unet.dropout))
     latent_channels, side = config.autoencoder.latent_channels, size // config.autoencoder.downsampling
     shape = (2 * batch, latent_channels, side, side)
     rng = np.random.default_rng(0)
     moments = rng.standard_normal((2 * batch, 2 * latent_channels, side, side), dtype=np.float32)
-    data = DreamBoothData([Path("instance.png")], [Path("class.png")], 1, size, False, seed=0)  # named, never read
-    trainer = Trainer(model, config, options, data, lambda draws: moments)
+    samples = DreamBoothSamples.of(options, [Path("instance.png")], [Path("class.png")])  # named, never read
+    text = encode_prompts(options, config, model.cond_stage_model)
+    scale_factor = config.autoencoder.scale_factor
+    inputs = Inputs(samples, lambda _: moments, text, config)
     with tempfile.TemporaryDirectory() as folder:
-        trainer.release_frozen(Path(folder))
-    if job["train_text_encoder"] and runtime.memory_is_short(4 * trainer.trained_values):  # as train_dreambooth.py
-        trainer.compile()
-        runtime.start_again()
-    text = Tensor(np.repeat(np.stack(trainer.text), batch, axis=0))
+        aside = Checkpoints(Path(folder), keep=1)
+        aside.hold_frozen(model, options)
+    trainer = build_trainer(model, inputs, options, config)
+    if job["train_text_encoder"]:
+        graphs.restart_if_memory_is_low(trainer.compile, 4 * trainer.trained_values)  # as train_dreambooth.py
+    text = Tensor(np.repeat(text, batch, axis=0))
     one, done = Tensor(np.float32(1)), 0
 
     def step() -> None:
         nonlocal done
         done += 1
-        latents = posterior_sample(moments, rng.standard_normal(shape, dtype=np.float32), config.autoencoder.scale_factor)
+        latents = posterior_sample(moments, rng.standard_normal(shape, dtype=np.float32), scale_factor)
         t = rng.integers(config.noise_schedule.timesteps, size=2 * batch).astype(np.int32)
         noise = rng.standard_normal(shape, dtype=np.float32)
         scalars = trainer.optimizer.scalars(done, options.start_learning_rate)
@@ -89,9 +106,9 @@ def training(job, model, config):
     return step
 
 
-def drawing(job, model, config):
+def drawing(job, model, config, graphs):
     """One denoising step with guidance (`denoise`), one decoding (`decode`), or whole pictures (`sample`)."""
-    from ldm.sampling.text_to_image import TextToImage
+    from ldm.sampling.text_to_image import Sampling, TextToImage
 
     pipeline, size, count = TextToImage(model, config), config.image_size, job["pictures"]
     seeds = [(0, number) for number in range(count)]
@@ -102,38 +119,50 @@ def drawing(job, model, config):
     if job["task"] == "denoise":
         denoise = pipeline.denoiser(pipeline.encode_prompts(prompts), pipeline.encode_prompts(negatives), 9.0)
         return lambda: denoise(latents, 500)
-    return lambda: pipeline(
-        prompts, negatives, seeds, sampler="plms", steps=job["sampling_steps"], guidance_scale=9.0, height=size, width=size
-    )
+    settings = Sampling("plms", job["sampling_steps"], guidance_scale=9.0, height=size, width=size)
+    return lambda: pipeline(prompts, negatives, seeds, settings)
 
 
 GROUPS = {
     "convolution": {"Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter", "Im2Col", "Col2Im", "Pad"},
     "matrix product": {"MatMul", "BatchMatMul"},
     "bias": {"BiasAdd", "BiasAddGrad"},
-    "normalisation": {"GroupNorm", "GroupNormGrad", "LayerNorm", "LayerNormGrad", "BatchNorm", "BatchNormGrad"},
-    "layout": {"Transpose", "Concat", "Slice", "StridedSlice", "StridedSliceGrad", "Split", "Reshape", "BroadcastTo", "Tile"},
+    "normalisation": {"GroupNorm", "GroupNormGrad", "LayerNorm", "LayerNormGrad", "BatchNorm",
+    "BatchNormGrad"},
+    "layout": {"Transpose", "Concat", "Slice", "StridedSlice", "StridedSliceGrad", "Split", "Reshape",
+    "BroadcastTo", "Tile"},
     "element-wise": {
-        "Mul", "Add", "AddN", "Sub", "Neg", "Pow", "Erf", "Exp", "RealDiv", "Cast", "Sigmoid", "SigmoidGrad", "SiLU", "SiLUGrad",
+        "Mul", "Add", "AddN", "Sub", "Neg", "Pow", "Erf", "Exp", "RealDiv", "Cast", "Sigmoid", "SigmoidGrad",
+        "SiLU", "SiLUGrad",
         "Square", "ZerosLike", "OnesLike",
     },
 }  # fmt: skip
 
 
 def group_of(kind: str, where: str) -> str:
-    """What an operator works for. MindSpore merges equal scopes, so the names in gradients tell little beyond the kind."""
+    """What an operator works for.
+
+    MindSpore merges equal scopes, so the names in gradients tell little beyond the kind.
+    """
     if "SoftmaxAttention" in where:
         return "attention"
     if "MatmulConv" in where:
         return "convolution"
     # The clipping's sums of squares lose their scope; the loss has two squares of its own, of small tensors.
-    if kind in ("Adam", "ApplyGradientDescent", "Square") or "optimizer-" in where or "update-" in where or "_SumExt" in where:
+    if (
+        kind in ("Adam", "ApplyGradientDescent", "Square")
+        or "optimizer-" in where
+        or "update-" in where
+        or "_SumExt" in where
+    ):
         return "clipping, optimizer"
     return next((group for group, kinds in GROUPS.items() if kind in kinds), "other")
 
 
 def profile(step, steps: int) -> dict:
-    """MindSpore's own operator times over `steps` steps, a row for each operator of the graph, and the time on the clock."""
+    """MindSpore's own operator times over `steps` steps, a row for each operator of the graph, and the time
+    on the clock.
+    """
     import mindspore as ms
 
     with tempfile.TemporaryDirectory() as folder:
@@ -156,12 +185,18 @@ def read_profile(folder: Path, steps: int) -> list[dict]:
     for line in next(folder.glob("cpu_framework_*.txt")).read_text().splitlines():
         _, name, _, inputs = line.split(";", 3)
         shapes[name].append(" ".join(re.findall(r"\[[\d, ]+\]", inputs)))
-    # The shapes come in the order of the launches under names without a scope; within a name, the first launch tells.
-    inputs = {where: shape for name, runs in started.items() for (_, where), shape in zip(sorted(runs), shapes[name])}
+    # The shapes come in the order of the launches under names without a scope; within a name, the first
+    # launch tells.
+    inputs = {
+        where: shape
+        for name, runs in started.items()
+        for (_, where), shape in zip(sorted(runs), shapes[name])
+    }
     with open(next(folder.glob("cpu_op_detail_info_*.csv"))) as file:
         return [
             {
-                "kind": row["op_type"], "group": group_of(row["op_type"], row["full_op_name"]), "where": row["full_op_name"],
+                "kind": row["op_type"], "group": group_of(row["op_type"], row["full_op_name"]),
+                "where": row["full_op_name"],
                 "shapes": inputs.get(row["full_op_name"], ""), "calls": int(row["op_occurrences"]) / steps,
                 "ms": float(row["op_total_time(ms)"]) / steps,
             }
@@ -174,13 +209,19 @@ def main() -> None:
     config = read_model_config(job["model_config"])
     from ldm.networks.latent_diffusion import build_model
 
-    runtime.start_device("CPU", 0)
-    runtime.enable_compile_cache("bench", {name: job[name] for name in ("task", "train_text_encoder", "batch", "pictures")}, config)
+    start_device("CPU", 0)
+    facts = {name: job[name] for name in ("task", "train_text_encoder", "batch", "pictures")} | {
+        "config": config
+    }
+    graphs = CompileCache.open(True, facts)
     model = build_model(config)
     random_weights(model)
     start = time.perf_counter()
-    work = (training if job["task"] in ("train", "memory", "profile") else drawing)(job, model, config)
+    work = (training if job["task"] in ("train", "memory", "profile") else drawing)(
+        job, model, config, graphs
+    )
     work()
+    graphs.are_complete()
     result = {"first": time.perf_counter() - start}
     if job["task"] == "memory":
         resident = {}

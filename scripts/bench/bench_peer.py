@@ -1,9 +1,11 @@
-"""A job of scripts/bench/bench.py or scripts/bench/profile_step.py in PyTorch with diffusers; prints its result as one JSON line.
+"""A job of scripts/bench/bench.py or scripts/bench/profile_step.py in PyTorch with diffusers; prints its
+result as one JSON line.
 
     python scripts/bench/bench_peer.py JOB.json
 
-The job's fields are explained in scripts/bench/bench.py, which writes the file. Does what diffusers' train_dreambooth.py and its
-StableDiffusionPipeline do. Imports nothing of ldm, which sets variables for MindSpore's sake.
+The job's fields are explained in scripts/bench/bench.py, which writes the file. Does what diffusers'
+train_dreambooth.py and its StableDiffusionPipeline do. Imports nothing of ldm, which sets variables for
+MindSpore's sake.
 """
 
 import json
@@ -26,7 +28,8 @@ RULES = (
     ("normalisation", r"group_norm|layer_norm|(Group|Layer)NormBackward"),
 )
 OWN_RULES = (
-    ("layout", r"aten::(cat|copy_|clone|contiguous|transpose|t|permute|reshape|_reshape_alias|view|slice|narrow|chunk|split|expand|as_strided|upsample.*|fill_|zero_|zeros.*)$"),
+    ("layout",
+    r"aten::(cat|copy_|clone|contiguous|transpose|t|permute|reshape|_reshape_alias|view|slice|narrow|chunk|split|expand|as_strided|upsample.*|fill_|zero_|zeros.*)$"),
     ("element-wise", r"aten::(silu|gelu|mul|add|sub|neg|div|pow|mse_loss|sum|mean|sin|cos|exp).*"),
 )  # fmt: skip
 
@@ -73,8 +76,8 @@ def timed(function, times: int) -> list[float]:
 class Training:
     """diffusers' train_dreambooth.py: encode, add_noise, UNet, both loss terms, backward, clipping, AdamW.
 
-    With `encode` the VAE works in every step, else latents are made beforehand. A text encoder that is not trained
-    encodes the prompts once; one that is trained comes with gradient checkpointing in both networks.
+    With `encode` the VAE works in every step, else latents are made beforehand. A text encoder that is not
+    trained encodes the prompts once; one that is trained comes with gradient checkpointing in both networks.
     """
 
     def __init__(self, job: dict, networks: Networks) -> None:
@@ -88,7 +91,9 @@ class Training:
         else:
             self.text_encoder.requires_grad_(False)
             self.context = self.text_encoder(self.ids)[0]
-        self.parameters = [p for n in (self.unet, self.text_encoder) for p in n.parameters() if p.requires_grad]
+        self.parameters = [
+            p for n in (self.unet, self.text_encoder) for p in n.parameters() if p.requires_grad
+        ]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=5e-6)
         self.scheduler = DDPMScheduler.from_config(networks.scheduler_config)
         side = self.vae.config.sample_size
@@ -162,7 +167,10 @@ class Drawing:
         pipeline.set_progress_bar_config(disable=True)
         negative, positive = self.encode_prompts().chunk(2)
         return pipeline(
-            prompt_embeds=positive, negative_prompt_embeds=negative, num_inference_steps=self.sampling_steps, guidance_scale=9.0
+            prompt_embeds=positive,
+            negative_prompt_embeds=negative,
+            num_inference_steps=self.sampling_steps,
+            guidance_scale=9.0,
         )
 
 
@@ -180,8 +188,12 @@ def group_of(event) -> str:
 
 
 def profile(step, steps: int) -> dict:
-    """torch.profiler's operator times over `steps` steps, without those of the operators they call, and the time on the clock."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+    """torch.profiler's operator times over `steps` steps, without those of the operators they call, and the
+    time on the clock.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as profiler:
         seconds = timed(step, steps)
     operators = {}
     for event in profiler.events():
@@ -190,7 +202,13 @@ def profile(step, steps: int) -> dict:
         row[0] += 1
         row[1] += event.self_cpu_time_total / 1000
     rows = [
-        {"kind": kind.removeprefix("aten::"), "group": group, "shapes": shapes, "calls": calls / steps, "ms": ms / steps}
+        {
+            "kind": kind.removeprefix("aten::"),
+            "group": group,
+            "shapes": shapes,
+            "calls": calls / steps,
+            "ms": ms / steps,
+        }
         for (kind, group, shapes), (calls, ms) in operators.items()
     ]
     return {"profiled_ms": 1000 * sum(seconds) / steps, "operators": rows}
@@ -202,7 +220,11 @@ def main() -> None:
     networks = Networks(job["diffusers"])
     result = {}
     if job["channels_last"] is None:
-        probe = Training(job, networks).forward_backward if task in TRAINING else getattr(Drawing(job, networks), PROBES[task])
+        probe = (
+            Training(job, networks).forward_backward
+            if task in TRAINING
+            else getattr(Drawing(job, networks), PROBES[task])
+        )
         result |= networks.use_faster_layout(probe)
     else:
         networks.use_layout(job["channels_last"])
@@ -226,7 +248,12 @@ def main() -> None:
 
 
 TRAINING = ("train", "memory", "profile", "layout")
-PROBES = {"denoise": "denoise", "decode": "decode", "sample": "denoise"}  # what tells the faster memory layout
+# what tells the faster memory layout
+PROBES = {
+    "denoise": "denoise",
+    "decode": "decode",
+    "sample": "denoise",
+}
 
 if __name__ == "__main__":
     main()

@@ -1,9 +1,11 @@
-"""Full-size UNet, forward pass: this project against diffusers with the same random weights, each in its own process.
+"""Full-size UNet, forward pass: this project against diffusers with the same random weights, each in its own
+process.
 
     python scripts/bench/compare_with_diffusers.py
 
-Prints the largest difference, the seconds of each (median, first run left out) and the peak resident memory of each.
-Needs requirements-test.txt and about 12 GB of memory; takes some minutes. Nothing else should run meanwhile.
+Prints the largest difference, the seconds of each (median, first run left out) and the peak resident memory
+of each. Needs requirements-test.txt and about 12 GB of memory; takes some minutes. Nothing else should run
+meanwhile.
 """
 
 import argparse
@@ -27,7 +29,13 @@ def inputs(config, batch: int):
     side = config.image_size // config.autoencoder.downsampling
     x = rng.standard_normal((batch, config.unet.in_channels, side, side)).astype(np.float32)
     t = rng.integers(0, 1000, batch).astype(np.int32)
-    return x, t, rng.standard_normal((batch, config.text_encoder.context_length, config.unet.context_dim)).astype(np.float32)
+    return (
+        x,
+        t,
+        rng.standard_normal((batch, config.text_encoder.context_length, config.unet.context_dim)).astype(
+            np.float32
+        ),
+    )
 
 
 def unet_weights(model):
@@ -57,12 +65,15 @@ def run_diffusers(config, batch: int):
     from diffusers import UNet2DConditionModel
 
     from ldm.networks.latent_diffusion import build_model
-    from ldm.weights.diffusers_names import diffusers_configs, diffusers_names
+    from ldm.weights.diffusers_folder import diffusers_configs
+    from ldm.weights.diffusers_names import diffusers_names
 
     unet = UNet2DConditionModel.from_config(diffusers_configs(config)["unet"]).eval()
     parameters = dict(unet.named_parameters())
     for parameter, values in unet_weights(build_model(config)):
-        parameters[diffusers_names(parameter.name, config)[1][0]].data.copy_(torch.from_numpy(values.astype(np.float32)))
+        parameters[diffusers_names(parameter.name, config)[1][0]].data.copy_(
+            torch.from_numpy(values.astype(np.float32))
+        )
     x, t, context = (torch.from_numpy(array) for array in inputs(config, batch))
 
     def forward():
@@ -87,10 +98,14 @@ def measure(side: str, options) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=ROOT / "configs/train_dreambooth_sd_v2.yaml")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=3, help="timed runs of each, after the first [%(default)s]")
+    parser.add_argument(
+        "--runs", type=int, default=3, help="timed runs of each, after the first [%(default)s]"
+    )
     parser.add_argument("--side", choices=("ours", "diffusers"), help=argparse.SUPPRESS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -102,15 +117,23 @@ def main() -> None:
             file = Path(folder) / f"{side}.npy"
             arguments = [f"--config={options.config}", f"--batch={options.batch}", f"--runs={options.runs}"]
             child = subprocess.run(
-                [sys.executable, __file__, f"--side={side}", f"--child={file}", *arguments], stdout=subprocess.PIPE, check=True
+                [sys.executable, __file__, f"--side={side}", f"--child={file}", *arguments],
+                stdout=subprocess.PIPE,
+                check=True,
             )
             figures[side], outputs[side] = json.loads(child.stdout.splitlines()[-1]), np.load(file)
             print(
-                f"{side:>10}: {figures[side]['seconds']:.2f} s (first run {figures[side]['first']:.1f} s), {figures[side]['peak_gb']:.1f} GB peak"
+                f"{side:>10}: {figures[side]['seconds']:.2f} s (first run {figures[side]['first']:.1f} s), "
+                f"{figures[side]['peak_gb']:.1f} GB peak"
             )
-    difference, largest = (np.abs(a).max() for a in (outputs["ours"] - outputs["diffusers"], outputs["diffusers"]))
+    difference, largest = (
+        np.abs(a).max() for a in (outputs["ours"] - outputs["diffusers"], outputs["diffusers"])
+    )
     ratio = figures["ours"]["seconds"] / figures["diffusers"]["seconds"]
-    print(f"max |a - b| {difference:.2e}, relative to max |b| {difference / largest:.2e}; time ratio {ratio:.2f}")
+    print(
+        f"max |a - b| {difference:.2e}, relative to max |b| {difference / largest:.2e}; time ratio "
+        f"{ratio:.2f}"
+    )
 
 
 if __name__ == "__main__":

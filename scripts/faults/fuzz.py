@@ -1,13 +1,14 @@
 """Damage small files of every kind that is read, at random, and see that each is read or refused in words.
 
-    python scripts/faults/fuzz.py                # 2,000 mutations of each of ten kinds of files, a few minutes
-    python scripts/faults/fuzz.py --count 100 --seed 1 --kind ckpt
+    python scripts/faults/fuzz.py                # 2,000 mutations of each of ten kinds of files, a few
+    minutes python scripts/faults/fuzz.py --count 100 --seed 1 --kind ckpt
 
-A mutation cuts, flips bits, moves or repeats parts, or puts extreme numbers where lengths may be. It passes if the file is read,
-or refused by this project's own error of one line, within 10 s and with no more memory than twice the file and 200 MB. "Other
-values" are damage to the values alone: the .ckpt and safetensors formats have no checksum of their own, checkpoints.sha256 beside
-those that are trained here has; configurations and pictures have none. Prints a table; exit status 1 where a mutation did not pass,
-whose file is kept.
+A mutation cuts, flips bits, moves or repeats parts, or puts extreme numbers where lengths may be. It passes
+if the file is read, or refused by this project's own error of one line, within 10 s and with no more memory
+than twice the file and 200 MB. "Other values" are damage to the values alone: the .ckpt and safetensors
+formats have no checksum of their own, checkpoints.sha256 beside those that are trained here has;
+configurations and pictures have none. Prints a table; exit status 1 where a mutation did not pass, whose file
+is kept.
 """
 
 import argparse
@@ -50,7 +51,10 @@ OUTCOMES = ("read, the same", "read, other values", "refused", "FAILED")
 
 def weights() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {f"unet.{n}.weight": rng.standard_normal((n + 1, 4, 3)).astype((np.float32, np.float16)[n % 2]) for n in range(5)}
+    return {
+        f"unet.{n}.weight": rng.standard_normal((n + 1, 4, 3)).astype((np.float32, np.float16)[n % 2])
+        for n in range(5)
+    }
 
 
 def make(kind: str, path: Path) -> None:
@@ -77,17 +81,43 @@ def make(kind: str, path: Path) -> None:
                 return b"(" + b"".join(b"K" + bytes([v]) for v in values) + b"t"
 
             reference = (
-                b"(" + text("storage") + b"ctorch\n" + kind_ + b"\n" + text(str(number)) + text("cpu") + b"K" + bytes([value.size]) + b"tQ"
+                b"("
+                + text("storage")
+                + b"ctorch\n"
+                + kind_
+                + b"\n"
+                + text(str(number))
+                + text("cpu")
+                + b"K"
+                + bytes([value.size])
+                + b"tQ"
             )
             strides = [s // value.itemsize for s in value.strides]
-            state += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + reference + b"K\0" + numbers(value.shape) + numbers(strides)
+            state += (
+                text(name)
+                + b"ctorch._utils\n_rebuild_tensor_v2\n("
+                + reference
+                + b"K\0"
+                + numbers(value.shape)
+                + numbers(strides)
+            )
             state += b"\x89ccollections\nOrderedDict\n)RtR"
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", state + b"u.")
             for key, content in storages.items():
                 archive.writestr(f"archive/data/{key}", content)
     elif kind == "json":
-        path.write_text(json.dumps({"train_batch_size": 2, "betas": [0.9, 0.98], "epochs": 3, "instance_prompt": "a sks dog", "seed": 7}))
+        path.write_text(
+            json.dumps(
+                {
+                    "train_batch_size": 2,
+                    "betas": [0.9, 0.98],
+                    "epochs": 3,
+                    "instance_prompt": "a sks dog",
+                    "seed": 7,
+                }
+            )
+        )
     elif kind == "yaml":
         path.write_bytes((ROOT / "configs/train_dreambooth_tiny.yaml").read_bytes())
     else:
@@ -99,21 +129,32 @@ def make(kind: str, path: Path) -> None:
 
 
 def read(kind: str, path: Path):
-    """What the program makes of a file, as something that can be compared. Raises ValueError, its own error."""
+    """What the program makes of a file, as something that can be compared.
+
+    Raises ValueError, its own error.
+    """
+    from ldm.command_line import parse_options
     from ldm.config import ConfigError, read_model_config
     from ldm.images import read_image
-    from ldm.options import TrainOptions, parse_options
-    from ldm.weights.mindspore_ckpt import WeightFile
+    from ldm.options import TrainOptions
+    from ldm.weights.mindspore_ckpt import read_ckpt
+    from ldm.weights.safetensors_files import is_safetensors, read_safetensors
     from ldm.weights.torch_pickle import read_torch_file
 
     if kind in ("ckpt", "safetensors", "torch"):
-        found = read_torch_file(path) if kind == "torch" else WeightFile(path)
+        reader = (
+            read_torch_file if kind == "torch" else read_safetensors if is_safetensors(path) else read_ckpt
+        )
+        found = reader(path)
         return {name: (str(found[name].dtype), found[name].shape, found[name].tobytes()) for name in found}
     if kind == "json":
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             try:
-                return parse_options(TrainOptions, [f"--train_config={path}", f"--pretrained_model_path={ROOT / 'models'}", *NEEDED])
+                return parse_options(
+                    TrainOptions,
+                    [f"--train_config={path}", f"--pretrained_model_path={ROOT / 'models'}", *NEEDED],
+                )
             except SystemExit as end:
                 if end.code != 2:
                     raise
@@ -121,11 +162,16 @@ def read(kind: str, path: Path):
     if kind == "yaml":
         return read_model_config(path)
     picture = read_image(path)
-    return picture.size, picture.tobytes() if picture.width * picture.height < 10**6 else None  # a copy is no part of reading
+    # a copy is no part of reading
+    return (
+        picture.size,
+        picture.tobytes() if picture.width * picture.height < 10**6 else None,
+    )
 
 
 NEEDED = [
-    "--pretrained_model_file=tiny_sd_v2.safetensors", f"--instance_data_dir={ROOT / 'examples/penguin'}", "--class_data_dir=none",
+    "--pretrained_model_file=tiny_sd_v2.safetensors", f"--instance_data_dir={ROOT / 'examples/penguin'}",
+    "--class_data_dir=none",
     "--class_prompt=a dog",
 ]  # fmt: skip
 KINDS = ("ckpt", "safetensors", "torch", "json", "yaml", "png", "jpeg", "webp", "gif", "tiff")
@@ -157,7 +203,11 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
 
 
 def address_space() -> int:
-    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
+    return next(
+        1024 * int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmSize")
+    )
 
 
 class TooSlow(BaseException):
@@ -217,10 +267,14 @@ def fuzz(kind: str, seed: int, count: int, folder: Path) -> tuple[Counter, list[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=2000, help="mutations of each kind [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations [%(default)s]")
-    parser.add_argument("--kind", choices=KINDS, action="append", help="only this one; may be given several times")
+    parser.add_argument(
+        "--kind", choices=KINDS, action="append", help="only this one; may be given several times"
+    )
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.work:
@@ -233,7 +287,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in options.kind or KINDS:
         outcomes, failed = fuzz(kind, options.seed, options.count, folder)
         failures += failed
-        print(f"| {kind} | {options.count} | {' | '.join(str(outcomes[outcome]) for outcome in OUTCOMES)} |", flush=True)
+        print(
+            f"| {kind} | {options.count} | {' | '.join(str(outcomes[outcome]) for outcome in OUTCOMES)} |",
+            flush=True,
+        )
     print("\n".join(failures))
     return 1 if failures else 0
 

@@ -1,11 +1,14 @@
-"""Kill a training with SIGKILL at many moments, resume it, and compare the end with that of a run that was never stopped.
+"""Kill a training with SIGKILL at many moments, resume it, and compare the end with that of a run that was
+never stopped.
 
     python scripts/faults/kill_and_resume.py                     # 20 kills of one process, about 15 minutes
-    python scripts/faults/kill_and_resume.py --ranks 2           # each moment in each of two processes under mpirun
+    python scripts/faults/kill_and_resume.py --ranks 2           # each moment in each of two processes under
+    mpirun
 
-The embedded tiny model with text encoder, accumulation and EMA. Moments are drawn from --seed over the length of the
-uninterrupted run; some wait for what is seldom hit by chance: class pictures being drawn, latents being encoded, a state or a
-checkpoint being written. Prints a table; exit status 1 where an end differs or a half-written file is left.
+The embedded tiny model with text encoder, accumulation and EMA. Moments are drawn from --seed over the length
+of the uninterrupted run; some wait for what is seldom hit by chance: class pictures being drawn, latents
+being encoded, a state or a checkpoint being written. Prints a table; exit status 1 where an end differs or a
+half-written file is left.
 """
 
 import argparse
@@ -37,13 +40,22 @@ MOMENTS = {  # what is looked for in the run's folder before the kill
 
 
 def processes_of(output: str | Path) -> list[int]:
-    """The training processes that write to `output` at present, by rank; without launchers and msrun's scheduler."""
+    """The training processes that write to `output` at present, by rank; without launchers and msrun's
+    scheduler.
+    """
     found = []
     for entry in filter(lambda entry: entry.name.isdigit(), Path("/proc").iterdir()):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             words = (entry / "cmdline").read_bytes().split(b"\0")
-            if words[1:2] == [str(ROOT / "train_dreambooth.py").encode()] and f"--output_path={output}".encode() in words:
-                variables = dict(pair.split(b"=", 1) for pair in (entry / "environ").read_bytes().split(b"\0") if b"=" in pair)
+            if (
+                words[1:2] == [str(ROOT / "train_dreambooth.py").encode()]
+                and f"--output_path={output}".encode() in words
+            ):
+                variables = dict(
+                    pair.split(b"=", 1)
+                    for pair in (entry / "environ").read_bytes().split(b"\0")
+                    if b"=" in pair
+                )
                 if variables.get(b"MS_ROLE", b"MS_WORKER") == b"MS_WORKER":
                     rank = variables.get(b"OMPI_COMM_WORLD_RANK", variables.get(b"RANK_ID", b"0"))
                     found.append((int(rank), int(entry.name)))
@@ -65,9 +77,12 @@ class Run:
         options = {
             "train_config": CONFIG.with_suffix(".json"), "model_config": CONFIG.with_suffix(".yaml"),
             "pretrained_model_path": ROOT / "models", "instance_data_dir": ROOT / "examples/penguin",
-            "class_data_dir": self.folder / "classes", "output_path": self.folder / "output", "num_class_images": 12,
-            "sampling_steps": 5, "sample_batch_size": 2, "train_data_repeats": 8, "epochs": 3, "train_batch_size": 2 // self.ranks,
-            "gradient_accumulation_steps": 2, "use_ema": True, "save_every": 4, "ckpt_save_interval": 1, "resume": "latest",
+            "class_data_dir": self.folder / "classes", "output_path": self.folder / "output",
+            "num_class_images": 12,
+            "sampling_steps": 5, "sample_batch_size": 2, "train_data_repeats": 8, "epochs": 3,
+            "train_batch_size": 2 // self.ranks,
+            "gradient_accumulation_steps": 2, "use_ema": True, "save_every": 4, "ckpt_save_interval": 1,
+            "resume": "latest",
             "use_parallel": self.ranks > 1,
         }  # fmt: skip
         command = [
@@ -85,7 +100,10 @@ class Run:
     def result(self) -> str:
         """A digest over the last checkpoints' and the class pictures' contents."""
         digest = hashlib.sha256()
-        for path in [*sorted(self.folder.glob("output/dreambooth_epoch_*.ckpt")), *sorted(self.folder.glob("classes/*"))]:
+        for path in [
+            *sorted(self.folder.glob("output/dreambooth_epoch_*.ckpt")),
+            *sorted(self.folder.glob("classes/*")),
+        ]:
             digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()[:16]
 
@@ -94,7 +112,8 @@ class Run:
 
 
 def kill(run: Run, when: Callable[[], bool], victim: int) -> tuple[float, float, str]:
-    """Start, wait for the moment, kill one process; seconds until then, seconds until all had ended, and what was done by then.
+    """Start, wait for the moment, kill one process; seconds until then, seconds until all had ended, and what
+    was done by then.
 
     Raises TooLate where the run had ended before.
     """
@@ -140,8 +159,12 @@ def seen(sign: Callable[[Path], bool], folder: Path) -> Callable[[], bool]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, help="how many [20; with several processes each moment in each rank]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills", type=int, help="how many [20; with several processes each moment in each rank]"
+    )
     parser.add_argument("--ranks", type=int, default=1, help="processes that train together [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [%(default)s]")
     options = parser.parse_args(argv)
@@ -150,7 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.ranks == 1:  # every second one at random
         plan = [(name, 0) for moment in MOMENTS for name in ("at random", moment)]
     kills, failures = options.kills or max(20 if options.ranks == 1 else 0, len(plan)), 0
-    print("| kill | rank | moment | s after the start | done by then | s until all had ended | end |\n|---|---|---|---|---|---|---|")
+    print(
+        "| kill | rank | moment | s after the start | done by then | s until all had ended | end "
+        "|\n|---|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as place:
         for warm in ("first", "whole"):  # the second finds its graphs compiled, as the runs to be killed will
             whole, start = Run(Path(place, warm), options.ranks), time.monotonic()
@@ -161,7 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, victim = plan[number % len(plan)]
             for _ in range(10):
                 run = Run(Path(place, str(number)), options.ranks)
-                when = after(rng.uniform(1, length)) if name == "at random" else seen(MOMENTS[name], run.folder)
+                when = (
+                    after(rng.uniform(1, length)) if name == "at random" else seen(MOMENTS[name], run.folder)
+                )
                 try:
                     moment, ended, done = kill(run, when, victim)
                     break
@@ -172,8 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = run.start().wait()
             equal = status == 0 and run.result() == whole.result() and not run.litter()
             failures += not equal
-            verdict = "equal" if equal else f"DIFFERS (status {status}, left {[p.name for p in run.litter()]})"
-            tqdm.write(f"| {number + 1} | {victim} | {name} | {moment:.1f} | {done} | {ended:.1f} | {verdict} |")
+            verdict = (
+                "equal" if equal else f"DIFFERS (status {status}, left {[p.name for p in run.litter()]})"
+            )
+            tqdm.write(
+                f"| {number + 1} | {victim} | {name} | {moment:.1f} | {done} | {ended:.1f} | {verdict} |"
+            )
             sys.stdout.flush()
             shutil.rmtree(run.folder)
     return 1 if failures else 0

@@ -1,6 +1,9 @@
-"""Write a checkpoint like the official one of 2023: its 1,226 names, shapes and dtypes, random values. To try what needs its size.
+"""Write a checkpoint like the official one of 2023: its 1,226 names, shapes and dtypes, random values.
 
-    python scripts/faults/random_checkpoint.py models/random_sd_v2_base.ckpt        # 5.1 GB, by mindspore.save_checkpoint
+To try what needs its size.
+
+    python scripts/faults/random_checkpoint.py models/random_sd_v2_base.ckpt        # 5.1 GB, by
+    mindspore.save_checkpoint
 
 The 12 entries more than the network has are of the text encoder's last layer; its two embeddings are float16.
 """
@@ -14,27 +17,35 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from ldm.config import fail, read_model_config
+from ldm.command_line import Ending
+from ldm.config import read_model_config
 
 LAST = "cond_stage_model.transformer.transformer_layer.resblocks.{}."
 
 
 def values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Of the size that keeps activations near 1: norms near the identity, small biases, weights by their number of inputs."""
+    """Of the size that keeps activations near 1: norms near the identity, small biases, weights by their
+    number of inputs.
+    """
     rng = np.random.default_rng([seed, *name.encode()])
     if name.endswith("gamma"):
         return np.ones(shape, np.float32)
     scale = 0.02 if len(shape) == 1 or "embedding" in name else 0.5 / np.sqrt(np.prod(shape[1:]))
-    return (rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(np.float16 if "embedding" in name else np.float32)
+    return (rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(
+        np.float16 if "embedding" in name else np.float32
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("target", type=Path, help="the file to write")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    if options.target.exists():
-        fail("random_checkpoint.py", FileExistsError(f"{options.target}: exists already; give another name or remove it"))
+    with Ending("random_checkpoint.py"):
+        if options.target.exists():
+            raise FileExistsError(f"{options.target}: exists already; give another name or remove it")
     import mindspore as ms
 
     from ldm.networks.latent_diffusion import build_model

@@ -1,10 +1,13 @@
-"""Go on with the base training of the tiny model in MindSpore, with train_dreambooth.py's own step, and watch the held-out loss.
+"""Go on with the base training of the tiny model in MindSpore, with train_dreambooth.py's own step, and watch
+the held-out loss.
 
-    python scripts/tiny_model/continue_training.py --work DIR --start models/tiny_sd_v2.safetensors --steps 300
+    python scripts/tiny_model/continue_training.py --work DIR --start models/tiny_sd_v2.safetensors --steps
+    300
 
-The networks, loss, optimizer, clipping and update are those of DreamBooth; only the class term is left out and every picture has
-its own caption. Needs DIR as scripts/tiny_model/train.py leaves it. Prints the loss on 256 pictures that no training has seen,
-with fixed noise, before, during and after; writes nothing unless --save names a new file.
+The networks, loss, optimizer, clipping and update are those of DreamBooth; only the class term is left out
+and every picture has its own caption. Needs DIR as scripts/tiny_model/train.py leaves it. Prints the loss on
+256 pictures that no training has seen, with fixed noise, before, during and after; writes nothing unless
+--save names a new file.
 """
 
 import argparse
@@ -20,7 +23,8 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from ldm.config import fail, read_model_config
+from ldm.command_line import Ending
+from ldm.config import read_model_config
 from ldm.device import start_device
 from ldm.networks.latent_diffusion import build_model
 from ldm.ranks import ALONE
@@ -39,12 +43,15 @@ class Samples:
     """Latents, token ids, t and noise of pictures, by their numbers."""
 
     def __init__(self, work: Path, scale_factor: float) -> None:
-        self.moments = np.load(work / "moments.npy", mmap_mode="r")  # (pictures, 2, 4, 16, 16): mean and deviation
+        # (pictures, 2, 4, 16, 16): mean and deviation
+        self.moments = np.load(work / "moments.npy", mmap_mode="r")
         captions = [fact["caption"] for fact in json.loads((work / "pictures.json").read_text())]
         self.tokens = Tokenizer(77)(["", *captions])
         self.scale_factor = scale_factor
 
-    def __call__(self, rows: np.ndarray, rng: np.random.Generator, without_caption: float = 0.0) -> tuple[Tensor, ...]:
+    def __call__(
+        self, rows: np.ndarray, rng: np.random.Generator, without_caption: float = 0.0
+    ) -> tuple[Tensor, ...]:
         mean, deviation = np.moveaxis(self.moments[np.sort(rows)].astype(np.float32), 1, 0)
         latents = (mean + deviation * rng.standard_normal(mean.shape, np.float32)) * self.scale_factor
         ids = self.tokens[np.where(rng.random(len(rows)) < without_caption, 0, np.sort(rows) + 1)]
@@ -64,15 +71,28 @@ def train(options: argparse.Namespace) -> None:
         parameter.requires_grad = False
     parameters = [*reversed([*text_encoder.trainable_params(), *unet.trainable_params()])]
     optimizer = AdamW(parameters, (0.9, 0.99), 0.01, decoupled=True)
-    step = TrainStep(loss, optimizer, Update(optimizer, 1.0, can_overflow=False, scales=False, ranks=ALONE), accumulates=False)
+    step = TrainStep(
+        loss,
+        optimizer,
+        Update(optimizer, 1.0, can_overflow=False, scales=False, ranks=ALONE),
+        accumulates=False,
+    )
 
     def held_out_loss() -> float:
         rng = np.random.default_rng(7)
         starts = range(0, CHECKED, options.batch)
-        return float(np.mean([float(loss(*samples(np.arange(start, start + options.batch), rng))[0]) for start in starts]))
+        return float(
+            np.mean(
+                [float(loss(*samples(np.arange(start, start + options.batch), rng))[0]) for start in starts]
+            )
+        )
 
     rng, one = np.random.default_rng(options.seed), Tensor(1.0, mstype.float32)
-    print(f"| steps | pictures | held-out loss | training loss |\n|---|---|---|---|\n| 0 | 0 | {held_out_loss():.4f} | |", flush=True)
+    print(
+        f"| steps | pictures | held-out loss | training loss |\n|---|---|---|---|\n| 0 | 0 | "
+        f"{held_out_loss():.4f} | |",
+        flush=True,
+    )
     losses, begin = [], 0.0
     for number in tqdm(range(1, options.steps + 1), "training", disable=None):
         rows = rng.integers(HELD_OUT, len(samples.moments), options.batch)
@@ -81,28 +101,40 @@ def train(options: argparse.Namespace) -> None:
         begin = begin or time.perf_counter()
         if number % (options.steps // 5) == 0:
             recent = np.mean(losses[-options.steps // 5 :])
-            print(f"| {number} | {number * options.batch} | {held_out_loss():.4f} | {recent:.4f} |", flush=True)
-    print(f"{(options.steps - 1) * options.batch / (time.perf_counter() - begin):.1f} pictures a second, checks included")
+            print(
+                f"| {number} | {number * options.batch} | {held_out_loss():.4f} | {recent:.4f} |", flush=True
+            )
+    print(
+        f"{(options.steps - 1) * options.batch / (time.perf_counter() - begin):.1f} pictures a second, "
+        f"checks included"
+    )
     if options.save:
         save_weights(weights_of(model), options.save)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder of scripts/tiny_model/train.py")
-    parser.add_argument("--start", type=Path, default=ROOT / "models/tiny_sd_v2.safetensors", help="weights to begin with")
+    parser.add_argument(
+        "--start", type=Path, default=ROOT / "models/tiny_sd_v2.safetensors", help="weights to begin with"
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate: 20 steps of warm-up, a fall over the last third")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=5e-4,
+        help="learning rate: 20 steps of warm-up, a fall over the last third",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="a new checkpoint for the result")
     options = parser.parse_args()
-    try:
+    with Ending("continue_training.py"):
         if options.save and options.save.exists():
             raise FileExistsError(f"{options.save}: exists already; give another name")
         train(options)
-    except (ValueError, OSError) as error:
-        fail("continue_training.py", error)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """How well DreamBooth works on the embedded tiny model: figures, each judged by scripts/tiny_model/judge.py.
 
     python scripts/tiny_model/evaluate_tiny.py --quick                     # one subject, one seed
-    python scripts/tiny_model/evaluate_tiny.py --json quality.json         # base model, three subjects, three seeds: over an hour
-    python scripts/tiny_model/evaluate_tiny.py --ablations                 # and text encoder, class pictures, steps: the first subject and seed
-    python scripts/tiny_model/evaluate_tiny.py --checkpoint FILE --subject penguin    # a checkpoint that is there already
+    python scripts/tiny_model/evaluate_tiny.py --json quality.json         # base model, three subjects, three
+    seeds: over an hour python scripts/tiny_model/evaluate_tiny.py --ablations                 # and text
+        encoder, class pictures, steps: the first subject and seed
+    python scripts/tiny_model/evaluate_tiny.py --checkpoint FILE --subject penguin    # a checkpoint that is
+    there already
 
-Class pictures are drawn once a subject. Runs and figures are kept in --work with their pictures, and a second start goes on
-from them: give another folder after a change. Judges flatter: look at the sheets.
+Class pictures are drawn once a subject. Runs and figures are kept in --work with their pictures, and a second
+start goes on from them: give another folder after a change. Judges flatter: look at the sheets.
 
 figures (fractions; see docs/quality.md):
   judge_*            the judge on real pictures that it was not trained on
   base_*_right       base model, "a CLASS PLACE" in two wordings of each place; colour: "a COLOUR CLASS"
   base_vae_psnr      how well its VAE gives those real pictures back, in dB
   base_subject       base model, "a sks CLASS PLACE": judged to be the subject
-  subject_fidelity   fine-tuned, "a sks CLASS PLACE", six places not among the five pictures: judged to be the subject
-  prompt_fidelity    the same pictures: place right
+  subject_fidelity   fine-tuned, "a sks CLASS PLACE", six places not among the five pictures: judged to be the
+  subject prompt_fidelity    the same pictures: place right
   prior_leak         fine-tuned, "a CLASS": judged to be the subject
   prior_diversity    the same pictures: mean distance of their features, over the base model's
   other_classes      class right of the other classes, base model less fine-tuned
@@ -34,14 +36,23 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts/tiny_model")]
-from ldm import device as runtime
 from ldm import images
-from ldm.config import fail, read_model_config
+from ldm.command_line import Ending
+from ldm.config import read_model_config
+from ldm.device import start_device
+from ldm.files import write_text
 
 CONFIG = ROOT / "configs/train_dreambooth_tiny"
 BASE = ROOT / "models/tiny_sd_v2.safetensors"
 SUBJECTS, SEEDS = ("penguin", "car", "house"), (1, 2, 3)
-NEW_PLACES = ("in the snow", "on the beach", "at night", "in front of a brick wall", "in the forest", "in the desert")
+NEW_PLACES = (
+    "in the snow",
+    "on the beach",
+    "at night",
+    "in front of a brick wall",
+    "in the forest",
+    "in the desert",
+)
 RUN_FIGURES = ("subject_fidelity", "prompt_fidelity", "prior_leak", "prior_diversity", "other_classes")
 ABLATIONS = {  # name -> options of the training that differ
     "without the prior loss": {"with_prior_preservation": False},
@@ -53,17 +64,18 @@ ABLATIONS = {  # name -> options of the training that differ
 }
 
 
-class Artist:
+class Drawer:
     """Draws with the tiny networks under any checkpoint; compiles once."""
 
     def __init__(self, batch: int = 16, steps: int = 25, guidance_scale: float = 3.0) -> None:
         from ldm.networks.latent_diffusion import build_model
-        from ldm.sampling.text_to_image import TextToImage
+        from ldm.sampling.text_to_image import Sampling, TextToImage
 
         self.config = read_model_config(CONFIG.with_suffix(".yaml"))
         self.model, self.loaded = build_model(self.config), None
         self.pipeline = TextToImage(self.model, self.config)
-        self.batch, self.steps, self.guidance_scale = batch, steps, guidance_scale
+        size = self.config.image_size
+        self.batch, self.settings = batch, Sampling("ddim", steps, guidance_scale, size, size)
 
     def __call__(self, checkpoint: Path, prompts: Sequence[str], seed: int) -> np.ndarray:
         """(N, 64, 64, 3) uint8; picture n is drawn from (seed, n), whatever the checkpoint."""
@@ -72,10 +84,8 @@ class Artist:
         for start in tqdm(range(0, len(prompts), self.batch), checkpoint.name, leave=False, disable=None):
             part = list(prompts[start : start + self.batch])
             padded = part + [part[-1]] * (self.batch - len(part))  # one shape, one graph
-            drawn.append(self.pipeline(
-                padded, [""] * self.batch, [(seed, start + n) for n in range(self.batch)], sampler="ddim", steps=self.steps,
-                guidance_scale=self.guidance_scale, height=self.config.image_size, width=self.config.image_size,
-            )[: len(part)])  # fmt: skip
+            seeds = [(seed, start + n) for n in range(self.batch)]
+            drawn.append(self.pipeline(padded, [""] * self.batch, seeds, self.settings)[: len(part)])
         return np.concatenate(drawn)
 
     def _load(self, checkpoint: Path) -> None:
@@ -86,14 +96,18 @@ class Artist:
             self.loaded = checkpoint
 
     def psnr(self, checkpoint: Path, real: np.ndarray) -> float:
-        """How well the VAE gives pictures (N, 64, 64, 3) uint8 back, in dB, mean over them; N a multiple of the batch."""
+        """How well the VAE gives pictures (N, 64, 64, 3) uint8 back, in dB, mean over them; N a multiple of
+        the batch.
+        """
         from mindspore import Tensor
 
         from ldm.networks.autoencoder import Encode
 
         self._load(checkpoint)
         encoder, scale = Encode(self.model.first_stage_model), self.config.autoencoder.scale_factor
-        batches = [images.to_pixels(real[start : start + self.batch]) for start in range(0, len(real), self.batch)]
+        batches = [
+            images.to_pixels(real[start : start + self.batch]) for start in range(0, len(real), self.batch)
+        ]
         means = [np.split(encoder(Tensor(pixels)).asnumpy(), 2, axis=1)[0] for pixels in batches]
         back = np.concatenate([self.pipeline.decode(mean * scale) for mean in means])
         return float((-10 * np.log10(np.square((back - real.astype(float)) / 255).mean((1, 2, 3)))).mean())
@@ -112,13 +126,13 @@ class Evaluation:
     """
 
     def __init__(self, work: Path, each: int) -> None:
-        from judge import Jury
+        from judge import Judges
 
         self.work, self.each = work, each
         work.mkdir(parents=True, exist_ok=True)
-        self.artist, self.jury = Artist(), Jury()
-        self._asked: dict[tuple[Path, str], np.ndarray] = {}
-        self.classes, self.places = self.jury.labels["class"], self.jury.labels["place"]
+        self.drawer, self.judges = Drawer(), Judges()
+        self._drawn: dict[tuple[Path, str], np.ndarray] = {}
+        self.classes, self.places = self.judges.labels["class"], self.judges.labels["place"]
 
     def sheet(self, pictures: np.ndarray, name: str, columns: int) -> None:
         path = self.work / f"{name}.png"
@@ -136,62 +150,90 @@ class Evaluation:
                     colour = list(pictures.COLOURS)[(len(prompts) + number) % len(pictures.COLOURS)]
                     prompts += [f"{noun(word)} {wording.format(colour)}"] * self.each
                     classes, places = classes + [word] * self.each, places + [place] * self.each
-        drawn = self.artist(BASE, prompts, seed=0)
+        drawn = self.drawer(BASE, prompts, seed=0)
         self.sheet(drawn[:: self.each], "base", 22)
-        verdicts = self.jury(drawn)
+        verdicts = self.judges(drawn)
         class_right, place_right = verdicts.classes == np.array(classes), verdicts.places == np.array(places)
-        pairs = [(colour, word) for word in self.classes for colour in pictures.COLOURS for _ in range(min(2, self.each))]
-        coloured = self.artist(BASE, [f"{noun(colour)} {word}" for colour, word in pairs], seed=1)
+        pairs = [
+            (colour, word)
+            for word in self.classes
+            for colour in pictures.COLOURS
+            for _ in range(min(2, self.each))
+        ]
+        coloured = self.drawer(BASE, [f"{noun(colour)} {word}" for colour, word in pairs], seed=1)
         self.sheet(coloured, "base_colours", 20)
-        verdicts = self.jury(coloured)
+        verdicts = self.judges(coloured)
         return {
             "base_class_right": float(class_right.mean()),
             "base_place_right": float(place_right.mean()),
             "base_both_right": float((class_right & place_right).mean()),
-            "base_vae_psnr": self.artist.psnr(BASE, self.jury.held_out),
-            "base_colour_right": float((verdicts.colours == np.array([colour for colour, _ in pairs])).mean()),
-            **{f"base_class_right_{word.replace(' ', '_')}": float(class_right[np.array(classes) == word].mean()) for word in self.classes},
+            "base_vae_psnr": self.drawer.psnr(BASE, self.judges.held_out),
+            "base_colour_right": float(
+                (verdicts.colours == np.array([colour for colour, _ in pairs])).mean()
+            ),
+            **{
+                f"base_class_right_{word.replace(' ', '_')}": float(
+                    class_right[np.array(classes) == word].mean()
+                )
+                for word in self.classes
+            },
         }
 
-    def asked(self, checkpoint: Path, subject: str) -> np.ndarray:
+    def draw_subject_in_new_places(self, checkpoint: Path, subject: str) -> np.ndarray:
         """The subject in the new places, four times each; drawn once."""
-        if (checkpoint, subject) not in self._asked:
+        if (checkpoint, subject) not in self._drawn:
             prompts = [f"a sks {subject} {place}" for _ in range(4) for place in NEW_PLACES]
-            self._asked[checkpoint, subject] = self.artist(checkpoint, prompts, seed=2)
-        return self._asked[checkpoint, subject]
+            self._drawn[checkpoint, subject] = self.drawer(checkpoint, prompts, seed=2)
+        return self._drawn[checkpoint, subject]
 
-    def fidelity(self, asked: np.ndarray, subject: str) -> dict[str, float]:
-        """Of what `asked` drew."""
-        verdicts, places = self.jury(asked), [self.place_of(place) for _ in range(4) for place in NEW_PLACES]
+    def fidelity(self, drawn: np.ndarray, subject: str) -> dict[str, float]:
+        """Of what `draw_subject_in_new_places` drew."""
+        verdicts, places = (
+            self.judges(drawn),
+            [self.place_of(place) for _ in range(4) for place in NEW_PLACES],
+        )
         return {
             "subject_fidelity": float(verdicts.subjects[subject].mean()),
             "prompt_fidelity": float((verdicts.places == np.array(places)).mean()),
         }
 
-    def around(self, checkpoint: Path, subject: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    def draw_class_and_others(
+        self, checkpoint: Path, subject: str
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """The subject's class alone, other classes, and the latter's names."""
-        alone = self.artist(checkpoint, [noun(subject)] * 32, seed=3)
+        alone = self.drawer(checkpoint, [noun(subject)] * 32, seed=3)
         others = [word for word in self.classes if word != subject for _ in range(4)]
-        return alone, self.artist(checkpoint, [f"{noun(word)} {NEW_PLACES[n % 6]}" for n, word in enumerate(others)], seed=4), others
+        return (
+            alone,
+            self.drawer(
+                checkpoint, [f"{noun(word)} {NEW_PLACES[n % 6]}" for n, word in enumerate(others)], seed=4
+            ),
+            others,
+        )
 
-    def of_base(self, subject: str) -> dict:
+    def base_figures(self, subject: str) -> dict:
         """What the figures of a fine-tuned model are compared with."""
-        alone, rest, others = self.around(BASE, subject)
+        alone, rest, others = self.draw_class_and_others(BASE, subject)
         return {
-            "base_subject": self.fidelity(self.asked(BASE, subject), subject)["subject_fidelity"],
-            "diversity": self.jury(alone).diversity(),
-            "others": float((self.jury(rest).classes == np.array(others)).mean()),
+            "base_subject": self.fidelity(self.draw_subject_in_new_places(BASE, subject), subject)[
+                "subject_fidelity"
+            ],
+            "diversity": self.judges(alone).diversity(),
+            "others": float((self.judges(rest).classes == np.array(others)).mean()),
         }
 
-    def tuned(self, checkpoint: Path, subject: str, base: dict, name: str) -> dict[str, float]:
+    def figures_of(self, checkpoint: Path, subject: str, base: dict, name: str) -> dict[str, float]:
         """The figures of a fine-tuned checkpoint, and a sheet of what it draws."""
-        asked, (alone, rest, others) = self.asked(checkpoint, subject), self.around(checkpoint, subject)
-        self.sheet(np.concatenate([asked, alone, rest]), name, 12)
-        by_class = self.jury(alone)
-        return self.fidelity(asked, subject) | {
+        drawn, (alone, rest, others) = (
+            self.draw_subject_in_new_places(checkpoint, subject),
+            self.draw_class_and_others(checkpoint, subject),
+        )
+        self.sheet(np.concatenate([drawn, alone, rest]), name, 12)
+        by_class = self.judges(alone)
+        return self.fidelity(drawn, subject) | {
             "prior_leak": float(by_class.subjects[subject].mean()),
             "prior_diversity": by_class.diversity() / base["diversity"],
-            "other_classes": base["others"] - float((self.jury(rest).classes == np.array(others)).mean()),
+            "other_classes": base["others"] - float((self.judges(rest).classes == np.array(others)).mean()),
         }
 
     @staticmethod
@@ -211,30 +253,45 @@ class Evaluation:
                 "train_config": CONFIG.with_suffix(".json"), "model_config": CONFIG.with_suffix(".yaml"),
                 "pretrained_model_path": BASE.parent, "instance_data_dir": ROOT / "examples" / subject,
                 "instance_prompt": f"a sks {subject}", "class_prompt": noun(subject),
-                "class_data_dir": self.work / "class_images" / f"{subject}-{count}", "output_path": folder, "seed": seed,
+                "class_data_dir": self.work / "class_images" / f"{subject}-{count}", "output_path": folder,
+                "seed": seed,
             } | changes  # fmt: skip
-            command = [sys.executable, str(ROOT / "train_dreambooth.py"), *(f"--{key}={value}" for key, value in arguments.items())]
+            command = [
+                sys.executable,
+                str(ROOT / "train_dreambooth.py"),
+                *(f"--{key}={value}" for key, value in arguments.items()),
+            ]
             result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
             if result.returncode:
-                raise ChildProcessError(f"training {name} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
+                raise ChildProcessError(
+                    f"training {name} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}"
+                )
             done.touch()
         return max(folder.glob("dreambooth_epoch_*.ckpt"), key=lambda path: int(path.stem.split("_")[2]))
 
     def run(self, subject: str, seed: int, base: dict, changes: dict) -> dict[str, float]:
         checkpoint = self.train(subject, seed, changes)
-        return kept(checkpoint.with_name("figures.json"), lambda: self.tuned(checkpoint, subject, base, checkpoint.parent.name))
+        return cached_json(
+            checkpoint.with_name("figures.json"),
+            lambda: self.figures_of(checkpoint, subject, base, checkpoint.parent.name),
+        )
 
 
-def kept(file: Path, measure: Callable[[], dict]) -> dict:
+def cached_json(file: Path, measure: Callable[[], dict]) -> dict:
     """What `measure` finds, from the file where an earlier start has left it."""
     if not file.exists():
-        runtime.write_text(file, json.dumps(measure(), indent=2))
+        write_text(file, json.dumps(measure(), indent=2))
     return json.loads(file.read_text())
 
 
 def row(name: str, values: Sequence[float]) -> dict:
     """A figure: its mean and spread (standard deviation) over runs."""
-    return {"name": name, "value": mean(values), "spread": stdev(values) if len(values) > 1 else None, "runs": len(values)}
+    return {
+        "name": name,
+        "value": mean(values),
+        "spread": stdev(values) if len(values) > 1 else None,
+        "runs": len(values),
+    }
 
 
 def show(title: str, rows: Sequence[dict]) -> None:
@@ -245,25 +302,39 @@ def show(title: str, rows: Sequence[dict]) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, list[dict]]:
-    runtime.start_device("auto", mode=0)
+    start_device("auto", mode=0)
     evaluation = Evaluation(options.work, each=1 if options.quick else 8)
-    tables = {"figures": [row(name, [value]) for name, value in evaluation.jury.accuracy().items()]}
-    subjects, seeds = ((options.subject,), SEEDS[:1]) if options.quick or options.checkpoint else (SUBJECTS, SEEDS)
-    bases = {s: kept(options.work / f"base-{s}.json", lambda s=s: evaluation.of_base(s)) for s in subjects}
+    tables = {"figures": [row(name, [value]) for name, value in evaluation.judges.accuracy().items()]}
+    subjects, seeds = (
+        ((options.subject,), SEEDS[:1]) if options.quick or options.checkpoint else (SUBJECTS, SEEDS)
+    )
+    bases = {
+        s: cached_json(options.work / f"base-{s}.json", lambda s=s: evaluation.base_figures(s))
+        for s in subjects
+    }
     tables["figures"].append(row("base_subject", [base["base_subject"] for base in bases.values()]))
     if options.checkpoint:
-        figures = evaluation.tuned(options.checkpoint, options.subject, bases[options.subject], "checkpoint")
+        figures = evaluation.figures_of(
+            options.checkpoint, options.subject, bases[options.subject], "checkpoint"
+        )
         tables["figures"] += [row(name, [value]) for name, value in figures.items()]
         show("Figures", tables["figures"])
         return tables
     tables["figures"] += [
-        row(name, [value]) for name, value in kept(options.work / f"base-{evaluation.each}.json", evaluation.base).items()
+        row(name, [value])
+        for name, value in cached_json(options.work / f"base-{evaluation.each}.json", evaluation.base).items()
     ]
     show("Judge and base model", tables["figures"])
-    settings = {"figures": {}} | (ABLATIONS if options.ablations else {} if options.quick else dict([next(iter(ABLATIONS.items()))]))
+    settings = {"figures": {}} | (
+        ABLATIONS if options.ablations else {} if options.quick else dict([next(iter(ABLATIONS.items()))])
+    )
     for name, changes in settings.items():
         every = name in ("figures", "without the prior loss")
-        pairs = [(subject, seed) for seed in seeds for subject in subjects] if every else [(subjects[0], seeds[0])]
+        pairs = (
+            [(subject, seed) for seed in seeds for subject in subjects]
+            if every
+            else [(subjects[0], seeds[0])]
+        )
         results = [evaluation.run(subject, seed, bases[subject], changes) for subject, seed in pairs]
         rows = [row(key, [result[key] for result in results]) for key in RUN_FIGURES]
         show("Fine-tuned" if name == "figures" else name, rows)
@@ -272,21 +343,29 @@ def evaluate(options: argparse.Namespace) -> dict[str, list[dict]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one subject and seed, one picture a prompt of the base model")
-    parser.add_argument("--ablations", action="store_true", help="more settings, the first subject and seed each")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one subject and seed, one picture a prompt of the base model"
+    )
+    parser.add_argument(
+        "--ablations", action="store_true", help="more settings, the first subject and seed each"
+    )
     parser.add_argument("--checkpoint", type=Path, help="judge this one and train nothing")
-    parser.add_argument("--subject", choices=SUBJECTS, default=SUBJECTS[0], help="of --quick and --checkpoint")
-    parser.add_argument("--work", type=Path, default=ROOT / "output/evaluation", help="folder of runs and sheets")
+    parser.add_argument(
+        "--subject", choices=SUBJECTS, default=SUBJECTS[0], help="of --quick and --checkpoint"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "output/evaluation", help="folder of runs and sheets"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     options = parser.parse_args(argv)
-    try:
+    with Ending("evaluate_tiny.py"):
         tables = evaluate(options)
         if options.json:
-            runtime.write_text(options.json, json.dumps(tables, indent=2) + "\n")
+            write_text(options.json, json.dumps(tables, indent=2) + "\n")
         print(f"sheets: {options.work}")
-    except (ValueError, OSError) as error:
-        fail("evaluate_tiny.py", error)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The judge: says which class, colour and place a picture of the tiny model shows, and whether it shows a held-out subject.
+"""The judge: says which class, colour and place a picture of the tiny model shows, and whether it shows a
+held-out subject.
 
-A small convolutional network; scripts/tiny_model/train_judge.py trained it, on the generator's pictures only, never on drawn ones.
-Beside its weights lie pictures that it was not trained on, with which the judge itself is measured before it judges.
+A small convolutional network; scripts/tiny_model/train_judge.py trained it, on the generator's pictures only,
+never on drawn ones. Beside its weights lie pictures that it was not trained on, with which the judge itself
+is measured before it judges.
 """
 
 import json
@@ -18,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import pictures
 
 from ldm import images
-from ldm.networks.layers import Conv2d, Dense, GroupNormSiLU
+from ldm.networks.layer_set import layers_of_this_device
 
-WEIGHTS, HELD_OUT, LABELS = (ROOT / "models" / f"tiny_judge{suffix}" for suffix in (".safetensors", "_held_out.png", ".json"))
+WEIGHTS, HELD_OUT, LABELS = (
+    ROOT / "models" / f"tiny_judge{suffix}" for suffix in (".safetensors", "_held_out.png", ".json")
+)
 HEADS = ("class", "colour", "place", "subject")
 HELD_OUT_SHEET = (16, 24)  # rows, columns
 SIDE = pictures.SIZE // 2
@@ -36,12 +40,12 @@ class Judge(nn.Cell):
 
     def __init__(self, sizes: list[int]) -> None:
         super().__init__()
-        layers, channels = [], 3
+        layers, body, channels = layers_of_this_device(), [], 3
         for width, stride in BODY:
-            layers += [Conv2d(channels, width, 3, stride, 1), GroupNormSiLU(8, width, 1e-5)]
+            body += [layers.Conv2d(channels, width, 3, stride, 1), layers.GroupNormSiLU(8, width, 1e-5)]
             channels = width
-        self.body = nn.SequentialCell(layers)
-        self.hidden, self.heads = Dense(128 * 16, 256), Dense(256, sum(sizes))
+        self.body = nn.SequentialCell(body)
+        self.hidden, self.heads = layers.Dense(128 * 16, 256), layers.Dense(256, sum(sizes))
         self.pool = ops.AvgPool(2, 2)
 
     def construct(self, x):
@@ -72,14 +76,15 @@ class Verdicts:
         return float(1 - (np.square(self.features.sum(0)).sum() - count) / (count * (count - 1)))
 
 
-class Jury:
+class Judges:
     """The trained judge, from its files in models/."""
 
     def __init__(self) -> None:
         self.labels = json.loads(LABELS.read_text())["labels"]
         rows, columns = HELD_OUT_SHEET
         sheet = np.asarray(images.read_image(HELD_OUT)).reshape(rows, SIDE, columns, SIDE, 3)
-        self.held_out = sheet.swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)  # pictures of the generator that nothing was trained on
+        # pictures of the generator that nothing was trained on
+        self.held_out = sheet.swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
         self.judge = Judge([len(self.labels[head]) for head in HEADS])
         with safe_open(WEIGHTS, "np") as file:
             for parameter in self.judge.get_parameters():
@@ -90,14 +95,19 @@ class Jury:
         results = []
         for start in range(0, len(array), batch):
             part = array[start : start + batch]
-            padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])  # one shape, one graph
-            results.append([output.asnumpy()[: len(part)] for output in self.judge(Tensor(images.to_pixels(padded)))])
+            # one shape, one graph
+            padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
+            results.append(
+                [output.asnumpy()[: len(part)] for output in self.judge(Tensor(images.to_pixels(padded)))]
+            )
         return Verdicts(*(np.concatenate(outputs) for outputs in zip(*results)), self.labels)
 
     def accuracy(self) -> dict[str, float]:
         """How right the judge is on the pictures that it was not trained on, as fractions."""
         facts, verdicts = json.loads(LABELS.read_text())["held_out"], self(self.held_out)
-        truth = {key: np.array([fact[key] for fact in facts]) for key in ("class", "colour", "place", "subject")}
+        truth = {
+            key: np.array([fact[key] for fact in facts]) for key in ("class", "colour", "place", "subject")
+        }
         tinted = truth["colour"] != ""
         said = np.stack([verdicts.subjects[name] for name in self.labels["subject"]], 1)
         true = np.stack([truth["subject"] == name for name in self.labels["subject"]], 1)

@@ -15,7 +15,9 @@ PLACES = ("grass", "wood", "street", "water", "plain")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for the icon packages")
     parser.add_argument("--subject", default="penguin", choices=sorted(word for word, _ in sprites.HELD_OUT))
     parser.add_argument("--seed", type=int, default=11)

@@ -1,7 +1,10 @@
-"""Captioned pictures for the tiny model: a drawing, tinted and turned, on a drawn place. Deterministic in the seed.
+"""Captioned pictures for the tiny model: a drawing, tinted and turned, on a drawn place.
 
-A picture is drawn at 128x128 and halved to 64x64. The caption names the colour where the drawing was tinted, the class,
-and in most pictures the place; a rare word in front of the class teaches that such a word means nothing yet.
+Deterministic in the seed.
+
+A picture is drawn at 128x128 and halved to 64x64. The caption names the colour where the drawing was tinted,
+the class, and in most pictures the place; a rare word in front of the class teaches that such a word means
+nothing yet.
 """
 
 import zlib
@@ -49,7 +52,10 @@ def grain(rng, cells, amplitude):
 
 def ridge(rng, height, amplitude):
     x = np.arange(SIZE) / SIZE * 2 * np.pi
-    waves = [amplitude / k * rng.uniform(0.3, 1) * np.sin(x * k * rng.uniform(0.3, 0.8) + rng.uniform(0, 7)) for k in (1, 2, 3)]
+    waves = [
+        amplitude / k * rng.uniform(0.3, 1) * np.sin(x * k * rng.uniform(0.3, 0.8) + rng.uniform(0, 7))
+        for k in (1, 2, 3)
+    ]
     return height + np.sum(waves, axis=0)
 
 
@@ -73,7 +79,9 @@ def draw_on(image, paint):
 
 def dots(rng, count, bottom, radius, colour):
     def paint(pen):
-        for x, y, r in zip(rng.uniform(0, SIZE, count), rng.uniform(0, bottom, count), rng.uniform(*radius, count)):
+        for x, y, r in zip(
+            rng.uniform(0, SIZE, count), rng.uniform(0, bottom, count), rng.uniform(*radius, count)
+        ):
             pen.ellipse([x - r, y - r, x + r, y + r], fill=colour)
 
     return paint
@@ -143,10 +151,16 @@ def forest(rng):
 
         def paint(pen, layer=layer, leaf=leaf):
             for x in rng.uniform(-5, SIZE + 5, 6):
-                foot, half, tall = SIZE * (0.6 + 0.1 * layer) + rng.uniform(-5, 5), rng.uniform(14, 22), rng.uniform(45, 80)
+                foot, half, tall = (
+                    SIZE * (0.6 + 0.1 * layer) + rng.uniform(-5, 5),
+                    rng.uniform(14, 22),
+                    rng.uniform(45, 80),
+                )
                 for step in range(3):
                     width, base = half * (1 - 0.22 * step), foot - step * tall * 0.25
-                    pen.polygon([(x - width, base), (x + width, base), (x, base - tall * 0.5)], fill=ink(leaf))
+                    pen.polygon(
+                        [(x - width, base), (x + width, base), (x, base - tall * 0.5)], fill=ink(leaf)
+                    )
 
         image = draw_on(image, paint)
     floor = gradient(jitter(rng, (80, 110, 50)), jitter(rng, (45, 70, 32))) + grain(rng, 64, 6)
@@ -174,7 +188,10 @@ def street(rng):
             pen.rectangle([x, top, x + wide - 2, kerb], fill=ink(jitter(rng, (140, 135, 145), 35)))
             for wy in np.arange(top + 6, kerb - 6, 11):
                 for wx in range(x + 4, x + wide - 6, 9):
-                    pen.rectangle([wx, wy, wx + 4, wy + 5], fill=(250, 230, 150) if rng.random() < 0.45 else (70, 85, 110))
+                    pen.rectangle(
+                        [wx, wy, wx + 4, wy + 5],
+                        fill=(250, 230, 150) if rng.random() < 0.45 else (70, 85, 110),
+                    )
             x += wide
         pen.rectangle([0, kerb, SIZE, SIZE], fill=ink(jitter(rng, (88, 88, 94), 8)))
         pen.rectangle([0, kerb, SIZE, kerb + 5], fill=(190, 188, 180))
@@ -213,7 +230,9 @@ def tint(drawing: np.ndarray, colour: str) -> np.ndarray:
 
 
 def compose(rng, drawing: np.ndarray, place: str, colour_of_wall: str = "white") -> np.ndarray:
-    """One picture (64, 64, 3) uint8: the drawing (H, W, 4), turned and scaled at random, with its shadow in a place."""
+    """One picture (64, 64, 3) uint8: the drawing (H, W, 4), turned and scaled at random, with its shadow in a
+    place.
+    """
     if place == "plain":
         ground = plain(rng, colour_of_wall)
     else:
@@ -229,7 +248,9 @@ def compose(rng, drawing: np.ndarray, place: str, colour_of_wall: str = "white")
     x = int((SIZE - side) * rng.uniform(0.08, 0.92))
     y = int((SIZE - side) * rng.uniform(0.45, 1.0))
     shadow, foot = Image.new("L", (SIZE, SIZE)), y + 0.93 * side
-    ImageDraw.Draw(shadow).ellipse([x + 0.12 * side, foot - 0.06 * side, x + 0.88 * side, foot + 0.06 * side], fill=80)
+    ImageDraw.Draw(shadow).ellipse(
+        [x + 0.12 * side, foot - 0.06 * side, x + 0.88 * side, foot + 0.06 * side], fill=80
+    )
     canvas.paste((10, 10, 20), (0, 0), shadow.filter(ImageFilter.GaussianBlur(3)))
     canvas.paste(picture, (x, y), picture)
     return np.asarray(canvas.reduce(2))

@@ -1,7 +1,8 @@
 """Emoji drawings for the tiny model's pictures: fetched as npm packages, rendered to RGBA arrays.
 
-The packages (all MIT or Apache-2.0) are installed by this script into the work folder; no drawing is copied into the
-repository except inside the five example pictures. Needs `npm` and the packages of requirements-tiny.txt.
+The packages (all MIT or Apache-2.0) are installed by this script into the work folder; no drawing is copied
+into the repository except inside the five example pictures. Needs `npm` and the packages of
+requirements-tiny.txt.
 """
 
 import io
@@ -37,7 +38,11 @@ SIZE = 128
 
 def install(folder: Path) -> None:
     """Fetch the icon packages into `folder`, once."""
-    missing = [name for key, (name, _) in PACKAGES.items() if not (folder / "node_modules/@iconify-json" / key).exists()]
+    missing = [
+        name
+        for key, (name, _) in PACKAGES.items()
+        if not (folder / "node_modules/@iconify-json" / key).exists()
+    ]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         subprocess.run(["npm", "install", "--no-save", "--prefix", str(folder), *missing], check=True)
@@ -65,7 +70,7 @@ def render(icons: dict, name: str) -> np.ndarray | None:
 
 
 def load(folder: Path) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
-    """(class -> drawings to train on, class -> the held-out drawing), rendered from the packages in `folder`."""
+    """(class -> drawings to train on, class -> the held-out drawing), from the packages in `folder`."""
     install(folder)
     training: dict[str, list[np.ndarray]] = {word: [] for word in CLASSES}
     held_out: dict[str, np.ndarray] = {}

@@ -1,9 +1,11 @@
-"""Trains the tiny Stable Diffusion 2 from scratch, in PyTorch: pictures, then the VAE, then UNet and text encoder.
+"""Trains the tiny Stable Diffusion 2 from scratch, in PyTorch: pictures, then the VAE, then UNet and text
+encoder.
 
     python scripts/tiny_model/train.py pictures --work DIR     # ~2 minutes
     python scripts/tiny_model/train.py vae --work DIR          # --minutes 25
     python scripts/tiny_model/train.py base --work DIR         # --minutes 75; DIR/base is a diffusers folder
-    python scripts/convert_checkpoint.py DIR/base models/tiny_sd_v2.safetensors --config configs/train_dreambooth_tiny.yaml
+    python scripts/convert_checkpoint.py DIR/base models/tiny_sd_v2.safetensors --config
+    configs/train_dreambooth_tiny.yaml
 
 Each step saves its state every few minutes and goes on from there when it is started again.
 """
@@ -31,12 +33,15 @@ from ldm.tokenizer import Tokenizer
 
 COUNT, HELD_OUT = 48_000, 512
 THREADS = 2
-SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+prediction_type="v_prediction",
                 clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # fmt: skip
 PROBES = [
     "a penguin in the snow", "a red car on the street", "a rocket at night", "a frog in the forest",
-    "a teddy bear on a wooden floor", "a house on the beach", "a mushroom on the grass", "an apple in front of a brick wall",
-    "a blue penguin on the beach", "a yellow house in the desert", "a green car in the water", "a purple frog in the snow",
+    "a teddy bear on a wooden floor", "a house on the beach", "a mushroom on the grass",
+    "an apple in front of a brick wall",
+    "a blue penguin on the beach", "a yellow house in the desert", "a green car in the water",
+    "a purple frog in the snow",
     "a penguin", "a photo of a car", "a sks penguin on the grass", "a pink mushroom on a green background",
 ]  # fmt: skip
 
@@ -58,7 +63,8 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_text_encoder() -> CLIPTextModel:
-    # SD2 pads with id 0; the end mark's id must not be 2, which transformers takes for a legacy configuration.
+    # SD2 pads with id 0; the end mark's id must not be 2, which transformers takes for a legacy
+    # configuration.
     return CLIPTextModel(CLIPTextConfig(
         vocab_size=49408, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2,
         max_position_embeddings=77, hidden_act="gelu", bos_token_id=49406, eos_token_id=49407, pad_token_id=0,
@@ -98,7 +104,9 @@ def run_pictures(work: Path, options) -> None:
 
 
 def run_vae(work: Path, options) -> None:
-    """L1, squared and gradient error with a small KL term; the learning rate falls along a cosine of the time spent."""
+    """L1, squared and gradient error with a small KL term; the learning rate falls along a cosine of the time
+    spent.
+    """
     data = np.load(work / "pictures.npy", mmap_mode="r")
     held_out = to_pixels(data[:HELD_OUT][:128])
     vae = make_vae()
@@ -109,7 +117,11 @@ def run_vae(work: Path, options) -> None:
     step, spent, state_file = 0, 0.0, work / "vae_state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        vae.load_state_dict(state["vae"]), slow.load_state_dict(state["slow"]), optimizer.load_state_dict(state["optimizer"])
+        (
+            vae.load_state_dict(state["vae"]),
+            slow.load_state_dict(state["slow"]),
+            optimizer.load_state_dict(state["optimizer"]),
+        )
         step, spent = state["step"], state["spent"]
     vae, slow = vae.to(memory_format=torch.channels_last), slow.to(memory_format=torch.channels_last)
     rng, budget, shown, losses = np.random.default_rng(step), 60 * options.minutes, spent, []
@@ -143,9 +155,20 @@ def run_vae(work: Path, options) -> None:
                 latents = slow.encode(held_out).latent_dist.mode()
                 y = slow.decode(latents).sample.clamp(-1, 1)
             psnr = (-10 * ((y - held_out) / 2).pow(2).mean((1, 2, 3)).log10()).mean().item()
-            print(f"{spent:.0f}s step {step} loss {np.mean(losses[-200:]):.4f} kl {kl.item():.2f} PSNR {psnr:.2f} dB", flush=True)
+            print(
+                f"{spent:.0f}s step {step} loss {np.mean(losses[-200:]):.4f} kl {kl.item():.2f} PSNR "
+                f"{psnr:.2f} dB",
+                flush=True,
+            )
             save_sheet(torch.stack([held_out[:24], y[:24]], 1).flatten(0, 1), work / "vae.png")
-            save_state(state_file, vae=vae.state_dict(), slow=slow.state_dict(), optimizer=optimizer.state_dict(), step=step, spent=spent)
+            save_state(
+                state_file,
+                vae=vae.state_dict(),
+                slow=slow.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=step,
+                spent=spent,
+            )
     slow.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     slow.save_pretrained(work / "base/vae")
 
@@ -165,7 +188,9 @@ def encode_pictures(work: Path, vae: AutoencoderKL) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw(unet, text_encoder, vae, prompts: list[str], seed: int = 0, steps: int = 25, guidance_scale: float = 4.0) -> torch.Tensor:
+def draw(
+    unet, text_encoder, vae, prompts: list[str], seed: int = 0, steps: int = 25, guidance_scale: float = 4.0
+) -> torch.Tensor:
     tokenizer, scheduler = Tokenizer(), DDIMScheduler(**SCHEDULE)
     scheduler.set_timesteps(steps)
     ids = torch.from_numpy(tokenizer([""] * len(prompts) + prompts)).long()
@@ -178,7 +203,9 @@ def draw(unet, text_encoder, vae, prompts: list[str], seed: int = 0, steps: int 
 
 
 def run_base(work: Path, options) -> None:
-    """v-prediction; constant rate, then a linear fall over the last third of the time; one caption in ten is left empty."""
+    """v-prediction; constant rate, then a linear fall over the last third of the time; one caption in ten is
+    left empty.
+    """
     vae = AutoencoderKL.from_pretrained(work / "base/vae").eval()
     moments = encode_pictures(work, vae)
     facts = json.loads((work / "pictures.json").read_text())
@@ -187,11 +214,18 @@ def run_base(work: Path, options) -> None:
     slow_unet, slow_text = copy.deepcopy(unet).eval(), copy.deepcopy(text_encoder).eval()
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     print(
-        f"UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f}M, text {sum(p.numel() for p in text_encoder.parameters()) / 1e6:.2f}M",
+        f"UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f}M, text "
+        f"{sum(p.numel() for p in text_encoder.parameters()) / 1e6:.2f}M",
         flush=True,
     )
     optimizer = torch.optim.AdamW(parameters, 1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    named = {"unet": unet, "text": text_encoder, "slow_unet": slow_unet, "slow_text": slow_text, "optimizer": optimizer}
+    named = {
+        "unet": unet,
+        "text": text_encoder,
+        "slow_unet": slow_unet,
+        "slow_text": slow_text,
+        "optimizer": optimizer,
+    }
     step, spent, state_file = 0, 0.0, work / "base_state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -224,8 +258,16 @@ def run_base(work: Path, options) -> None:
         spent += (time.process_time() - start) / THREADS
         if spent - shown > 120 or spent >= budget:
             shown = spent
-            print(f"{spent:.0f}s step {step} pictures {step * options.batch} loss {np.mean(losses[-400:]):.4f}", flush=True)
-            save_state(state_file, **{key: module.state_dict() for key, module in named.items()}, step=step, spent=spent)
+            print(
+                f"{spent:.0f}s step {step} pictures {step * options.batch} loss {np.mean(losses[-400:]):.4f}",
+                flush=True,
+            )
+            save_state(
+                state_file,
+                **{key: module.state_dict() for key, module in named.items()},
+                step=step,
+                spent=spent,
+            )
             if spent - sheet > 600 or spent >= budget:
                 sheet = spent
                 save_sheet(draw(slow_unet, slow_text, vae, PROBES), work / f"base_{int(spent):05d}.png")
@@ -236,10 +278,17 @@ def run_base(work: Path, options) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("step", choices=("pictures", "vae", "base"))
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures, states and results")
-    parser.add_argument("--minutes", type=float, default=60, help="time to train for, over all starts, as processor time over threads")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=60,
+        help="time to train for, over all starts, as processor time over threads",
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -90,7 +90,11 @@ def test_heads():
 
 
 def test_upsample_nearest():
-    compare(Function(upsample_nearest), lambda x: torch.nn.functional.interpolate(x, scale_factor=2.0), (2, 3, 4, 5))
+    compare(
+        Function(upsample_nearest),
+        lambda x: torch.nn.functional.interpolate(x, scale_factor=2.0),
+        (2, 3, 4, 5),
+    )
 
 
 def test_add_per_channel():
@@ -142,7 +146,12 @@ def test_matmul_conv(stride, padding, channels, inputs, columns_bytes):
 
 @pytest.mark.parametrize("shape", [(1, 6, 4, 5), (1, 10, 7, 1)], ids=["groups", "rows"])
 def test_normalise(shape):
-    compare(First(Normalise(1e-5)), lambda x: torch.nn.functional.layer_norm(x, x.shape[2:], eps=1e-5), shape, tolerance=1e-5)
+    compare(
+        First(Normalise(1e-5)),
+        lambda x: torch.nn.functional.layer_norm(x, x.shape[2:], eps=1e-5),
+        shape,
+        tolerance=1e-5,
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 4, 5), (7, 6, 1, 1)], ids=["map", "rows"])
@@ -162,7 +171,9 @@ def test_scale_shift_silu():
 
 def test_upsampled_conv():
     def reference(x, weight):
-        return torch.nn.functional.conv2d(torch.nn.functional.interpolate(x, scale_factor=2.0), weight, padding=1)
+        return torch.nn.functional.conv2d(
+            torch.nn.functional.interpolate(x, scale_factor=2.0), weight, padding=1
+        )
 
     # weights are added before they are multiplied: some last places of a float32
     compare(UpsampledConv(4), reference, (2, 3, 5, 6), (4, 3, 3, 3), tolerance=5e-6)

@@ -1,26 +1,36 @@
 """UNet, VAE and text encoder against diffusers and transformers with the same random weights."""
 
 import gzip
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, in_half, random_model, relative_error, torch_networks, weights_as_arrays, write_pictures
+from conftest import (
+    ROOT,
+    in_half,
+    random_model,
+    relative_error,
+    torch_networks,
+    weights_as_arrays,
+    write_pictures,
+)
 from mindspore import ops
 from mindspore.nn.utils import no_init_parameters
+from network_outputs import inputs, outputs
+from trainings import make_inputs
 
 from ldm.config import read_model_config
 from ldm.networks.autoencoder import Decode, Encode
 from ldm.networks.latent_diffusion import build_model
 from ldm.options import TrainOptions
-from ldm.training.samples import DreamBoothData
-from ldm.training.trainer import Trainer
+from ldm.training.samples import DreamBoothSamples
+from ldm.training.trainer import build_trainer
 from ldm.weights.diffusers_names import diffusers_names
 
 CONFIG = ROOT / "configs/train_dreambooth_sd_v2.yaml"
-# Both sides sum the same float32 products in another order: a few rounding errors of 6e-8 for each of ~30 layers.
+# Both sides sum the same float32 products in another order: a few rounding errors of 6e-8 for each of ~30
+# layers.
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 HALF_TOLERANCE = 2e-2  # float16 keeps 11 bits, 5e-4 a rounding
 
@@ -31,7 +41,7 @@ def full_size():
 
 
 def official_table() -> dict[str, tuple[int, ...]]:
-    table = gzip.decompress((Path(__file__).parent / "data/sd_v2_base_parameters.tsv.gz").read_bytes()).decode()
+    table = gzip.decompress((ROOT / "tests/data/sd_v2_base_parameters.tsv.gz").read_bytes()).decode()
     rows = [line.split("\t") for line in table.splitlines()[1:]]
     assert len(rows) == 1214
     return {name: tuple(map(int, shape.split(","))) for name, shape in rows}
@@ -42,33 +52,16 @@ def test_full_size_names_and_shapes_are_the_official_ones(full_size):
 
 
 def test_building_the_trainer_renames_nothing(tmp_path, full_size):
-    options = TrainOptions(instance_prompt="a sks dog", class_prompt="a dog", gradient_accumulation_steps=2, use_ema=True)
-    pictures = write_pictures(tmp_path, 2)
+    options = TrainOptions(
+        instance_prompt="a sks dog", class_prompt="a dog", gradient_accumulation_steps=2, use_ema=True
+    )
+    pictures, config = write_pictures(tmp_path, 2), read_model_config(CONFIG)
     with no_init_parameters():  # moments and averages of a billion parameters, without their memory
-        trainer = Trainer(full_size, read_model_config(CONFIG), options, DreamBoothData(pictures, pictures, 1, 512, False, 0), None)
+        inputs = make_inputs(full_size, config, options, DreamBoothSamples.of(options, pictures, pictures))
+        trainer = build_trainer(full_size, inputs, options, config)
     assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official_table()
     trained = {p.name for p in trainer.parameters}
     assert trained == {name for name in official_table() if not name.startswith("first_stage_model.")}
-
-
-def inputs(config, batch, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((batch, 4, 8, 16)).astype(np.float32)  # not square
-    t = rng.integers(0, 1000, batch).astype(np.int32)
-    context = rng.standard_normal((batch, 77, config.text_encoder.width)).astype(np.float32)
-    token_ids = rng.integers(0, config.text_encoder.vocab_size, (batch, 77)).astype(np.int32)
-    pixels = rng.uniform(-1, 1, (batch, 3, 32, 48)).astype(np.float32)
-    return x, t, context, token_ids, pixels
-
-
-def outputs(model, x, t, context, token_ids, pixels):
-    tensors = [ms.Tensor(a) for a in (x, t, context, token_ids, pixels)]
-    return {
-        "unet": model.unet(*tensors[:3]).asnumpy(),
-        "text": model.cond_stage_model(tensors[3]).asnumpy(),
-        "encode": Encode(model.first_stage_model)(tensors[4]).asnumpy(),
-        "decode": Decode(model.first_stage_model)(tensors[0]).asnumpy(),
-    }
 
 
 def reference_outputs(networks, x, t, context, token_ids, pixels):
@@ -124,11 +117,18 @@ def test_gradients_of_every_parameter(config):
     rng = np.random.default_rng(9)
     weight = rng.standard_normal(x.shape).astype(np.float32)
     text_weight = rng.standard_normal(context.shape).astype(np.float32)
-    pixel_weight = rng.standard_normal((2, 3, *(side * config.autoencoder.downsampling for side in x.shape[2:]))).astype(np.float32)
-    moment_weight = rng.standard_normal((2, 8, *(side // config.autoencoder.downsampling for side in pixels.shape[2:]))).astype(np.float32)
+    pixel_weight = rng.standard_normal(
+        (2, 3, *(side * config.autoencoder.downsampling for side in x.shape[2:]))
+    ).astype(np.float32)
+    moment_weight = rng.standard_normal(
+        (2, 8, *(side // config.autoencoder.downsampling for side in pixels.shape[2:]))
+    ).astype(np.float32)
     tensor, as_torch = ms.Tensor, torch.from_numpy
     encode, decode = Encode(model.first_stage_model), Decode(model.first_stage_model)
-    args = [tensor(a) for a in (x, t, context, token_ids, pixels, weight, text_weight, pixel_weight, moment_weight)]
+    args = [
+        tensor(a)
+        for a in (x, t, context, token_ids, pixels, weight, text_weight, pixel_weight, moment_weight)
+    ]
     mx, mt, mc, mi, mp, mw, mtw, mpw, mmw = args
 
     def unet_loss():
@@ -158,10 +158,13 @@ def test_gradients_of_every_parameter(config):
     compared = 0
     for network, reference, forward, reference_forward in cases:
         network.set_grad()
-        rows = list(ours_and_reference_gradients(model, config, network, reference, forward, reference_forward))
+        rows = list(
+            ours_and_reference_gradients(model, config, network, reference, forward, reference_forward)
+        )
         typical = np.median([np.abs(theirs).max() for _, _, theirs in rows])
         for name, ours, theirs in rows:
-            # A key bias shifts every score of a row alike, so its gradient is zero but for rounding: hence the floor.
+            # A key bias shifts every score of a row alike, so its gradient is zero but for rounding: hence
+            # the floor.
             floor = 1e-3 * typical
             error = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), floor)
             assert error <= GRADIENT_TOLERANCE, f"{name}: {error:.1e}"

@@ -1,4 +1,7 @@
-"""--recompute: the same numbers, from less memory. Run as a program, this file is the process whose memory is measured."""
+"""--recompute: the same numbers, from less memory.
+
+Run as a program, this file is the process whose memory is measured.
+"""
 
 import json
 import os
@@ -14,17 +17,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def gradients(recompute: bool) -> list[np.ndarray]:
     """Loss and gradients of four transformers on maps (4, 256, 32, 32) of 4 MB."""
-    from ldm import device as runtime
+    from ldm.device import start_device
 
-    runtime.start_device("CPU", 0)
+    start_device("CPU", 0)
     from mindspore import ParameterTuple, Tensor, nn, ops
 
     from ldm.networks.attention import SpatialTransformer
+    from ldm.networks.layer_set import layers_of_this_device
+
+    layers = layers_of_this_device()
 
     class Net(nn.Cell):
         def __init__(self):
             super().__init__()
-            self.transformers = nn.CellList([SpatialTransformer(256, 48, 4, 32, 0.0) for _ in range(4)])
+            self.transformers = nn.CellList(
+                [SpatialTransformer(256, 48, 4, 32, 0.0, layers) for _ in range(4)]
+            )
 
         def construct(self, x, context):
             for transformer in self.transformers:
@@ -66,15 +74,22 @@ def runs():
 
 def test_gradients_are_the_same(runs):
     for plain, recomputed in zip(runs[False]["values"], runs[True]["values"], strict=True):
-        np.testing.assert_allclose(recomputed, plain, rtol=1e-5, atol=1e-6 * np.abs(plain).max())  # the same sums in another order
+        # the same sums in another order
+        np.testing.assert_allclose(recomputed, plain, rtol=1e-5, atol=1e-6 * np.abs(plain).max())
 
 
 def test_less_memory_is_taken(runs):
-    """A transformer keeps 33 maps, or 16: in all 272 MB less. Half of that is asked for, since other memory varies."""
+    """A transformer keeps 33 maps, or 16: in all 272 MB less.
+
+    Half of that is asked for, since other memory varies.
+    """
     assert runs[False]["peak"] - runs[True]["peak"] > 136
 
 
 if __name__ == "__main__":
-    values = [result.ravel()[:: max(1, result.size // 50)].tolist() for result in gradients(sys.argv[1] == "True")]
+    values = [
+        result.ravel()[:: max(1, result.size // 50)].tolist() for result in gradients(sys.argv[1] == "True")
+    ]
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    print(json.dumps({"values": values, "peak": int(status["VmHWM"].split()[0]) / 1024}))  # ru_maxrss knows the parent's peak too
+    # ru_maxrss knows the parent's peak too
+    print(json.dumps({"values": values, "peak": int(status["VmHWM"].split()[0]) / 1024}))

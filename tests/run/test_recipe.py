@@ -7,12 +7,10 @@ import shutil
 import numpy as np
 import pytest
 from conftest import SHALLOW
-from trainings import OPTIONS, make_data
+from trainings import OPTIONS, make_samples
 
-from ldm.ranks import ALONE
 from ldm.run.recipe import RECORD, Start, find_start, origin_of, read_record, write_record
 from ldm.run.states import States
-from train_dreambooth import take_output_folder
 
 A, B = {"seed": 1, "rate": 0.1}, {"seed": 1, "rate": 0.2}
 
@@ -29,7 +27,7 @@ def run(tmp_path):
 
 
 def start_of(states, resume="latest") -> Start:
-    return find_start(dataclasses.replace(OPTIONS, output_path=str(states.folder.parent), resume=resume), states)
+    return find_start(resume, states.folder.parent, states)
 
 
 def without_states(states):
@@ -55,24 +53,34 @@ def test_a_fresh_folder_or_one_without_results_is_a_start_from_the_beginning(run
     without_states(run), (run.folder.parent / "dreambooth_epoch_1.ckpt").unlink()
     start = start_of(run)
     assert start == Start()
-    start.compare(B, allowed=False), start.require_a_way_on(10, tmp_path)
+    start.require_same(B, allowed=False), start.require_that_it_can_continue(10, tmp_path)
 
 
 def test_killed_before_the_first_state_it_begins_again_as_it_was(run, caplog):
     without_states(run)
     start = start_of(run)
-    assert (start.state, start.origin, start.global_step) == (None, A, 0) and "starting from the beginning" in caplog.text
-    start.compare(A, allowed=False)
+    assert (start.state, start.origin, start.global_step) == (
+        None,
+        A,
+        0,
+    ) and "starting from the beginning" in caplog.text
+    start.require_same(A, allowed=False)
     for allowed in (False, True):  # its checkpoints would be overwritten by those of another training
-        with pytest.raises(ValueError, match="changed since the run began: rate 0.1 -> 0.2; it has saved no state"):
-            start.compare(B, allowed)
+        with pytest.raises(
+            ValueError, match="changed since the run began: rate 0.1 -> 0.2; it has saved no state"
+        ):
+            start.require_same(B, allowed)
 
 
 @pytest.mark.parametrize("record", [None, "not JSON", "[]", '{"origin": 3, "ended": null}', '{"origin": {}}'])
 def test_results_without_states_or_record_are_refused(run, record):
     without_states(run)
-    (run.folder.parent / RECORD).unlink() if record is None else (run.folder.parent / RECORD).write_text(record)
-    with pytest.raises(ValueError, match="holds dreambooth_epoch_1.ckpt, but no state that can be read; give another folder"):
+    (run.folder.parent / RECORD).unlink() if record is None else (run.folder.parent / RECORD).write_text(
+        record
+    )
+    with pytest.raises(
+        ValueError, match="holds dreambooth_epoch_1.ckpt, but no state that can be read; give another folder"
+    ):
         start_of(run)
 
 
@@ -89,37 +97,43 @@ def test_a_run_that_ended_is_done(run):
     start = start_of(run)
     assert start.is_done(5) and start.is_done(4) and not start.is_done(6)
     assert not start.changes(A) and start.changes(B) == ["rate 0.1 -> 0.2"]
-    start.require_a_way_on(6, run.folder)  # from update 3 on, once more
+    start.require_that_it_can_continue(6, run.folder)  # from update 3 on, once more
     run.save({"a": np.zeros(2, np.float32)}, {"global_step": 5}, A)
     assert not start_of(run).is_done(5)  # a state of the end: checkpoints that are missing can be written
     without_states(run)
     start = start_of(run)
     assert start.is_done(5)
-    with pytest.raises(ValueError, match=r"ended after 5 updates and kept no state to continue from .*--pretrained_model_path"):
-        start.require_a_way_on(6, run.folder)
+    with pytest.raises(
+        ValueError,
+        match=r"ended after 5 updates and kept no state to continue from .*--pretrained_model_path",
+    ):
+        start.require_that_it_can_continue(6, run.folder)
 
 
 def test_options_that_were_changed_are_those_of_the_run_from_then_on(run, caplog):
     """Resumed from A's state with B, and killed before a state of its own, or ended."""
-    start_of(run).compare(B, allowed=True)
+    start_of(run).require_same(B, allowed=True)
     assert "resume: changed: rate 0.1 -> 0.2" in caplog.text
     for ended in (None, 5):
         write_record(run.folder.parent, B, ended)
         start = start_of(run)
-        start.compare(B, allowed=False)
+        start.require_same(B, allowed=False)
         assert start.is_done(5) == (ended == 5)
-        with pytest.raises(ValueError, match="changed since the state was saved: rate 0.2 -> 0.1; --allow_changed_options=True"):
-            start.compare(A, allowed=False)
+        with pytest.raises(
+            ValueError,
+            match="changed since the state was saved: rate 0.2 -> 0.1; --allow_changed_options=True",
+        ):
+            start.require_same(A, allowed=False)
 
 
 def test_a_state_of_another_folder_brings_its_own_origin(run, tmp_path):
-    (tmp_path / "new").mkdir(), write_record(tmp_path / "new", B)  # of a training that died there before its first update
-    options = dataclasses.replace(OPTIONS, output_path=str(tmp_path / "new"), resume=str(run.paths()[-1]))
-    start = find_start(options, States(tmp_path / "new/states", 1))
+    # of a training that died there before its first update
+    (
+        (tmp_path / "new").mkdir(),
+        write_record(tmp_path / "new", B),
+    )
+    start = find_start(str(run.paths()[-1]), tmp_path / "new", States(tmp_path / "new/states", 1))
     assert (start.global_step, start.origin, start.ended) == (3, A, None)
-    (tmp_path / "new/states/step_00000009").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds states/step_00000009 of an earlier run"):
-        take_output_folder(options)
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
@@ -128,30 +142,45 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 
 
 def test_changes_are_listed(tmp_path, caplog, run):
-    data = make_data(tmp_path, OPTIONS)
+    images = make_samples(tmp_path).instance_paths
     base = tmp_path / "base.ckpt"
     base.write_bytes(b"weights")
-    options = dataclasses.replace(OPTIONS, pretrained_model_path=str(tmp_path), pretrained_model_file="base.ckpt")
+    options = dataclasses.replace(
+        OPTIONS, pretrained_model_path=str(tmp_path), pretrained_model_file="base.ckpt"
+    )
 
     def origin(**changes):
-        return json.loads(json.dumps(origin_of(dataclasses.replace(options, **changes), SHALLOW, data.instance_paths, ALONE)))
+        changed = dataclasses.replace(options, **changes)
+        return json.loads(json.dumps(origin_of(changed, SHALLOW, images, changed.samples_per_update)))
 
     start = Start(run.latest(), origin() | {"class pictures": "1"})
-    harmless = dict(epochs=9, log_level="ERROR", save_every=3, output_path="elsewhere", cache_latents=False, recompute=True)
+    harmless = dict(
+        epochs=9,
+        log_level="ERROR",
+        save_every=3,
+        output_path="elsewhere",
+        cache_latents=False,
+        recompute=True,
+    )
     harmless |= dict(keep_weights=1, save_state_minutes=None)
-    start.compare(origin(**harmless), allowed=False)
+    start.require_same(origin(**harmless), allowed=False)
     # the same update, cut into other batches
-    start.compare(origin(train_batch_size=1, gradient_accumulation_steps=2), allowed=False)
-    for name, value in dict(start_learning_rate=3e-4, seed=2, prior_loss_weight=0.5, instance_prompt="a dog", random_flip=False).items():
-        with pytest.raises(ValueError, match=f"changed since the state was saved: {name} {getattr(options, name)} -> {value};"):
-            start.compare(origin(**{name: value}), allowed=False)
+    start.require_same(origin(train_batch_size=1, gradient_accumulation_steps=2), allowed=False)
+    for name, value in dict(
+        start_learning_rate=3e-4, seed=2, prior_loss_weight=0.5, instance_prompt="a dog", random_flip=False
+    ).items():
+        with pytest.raises(
+            ValueError,
+            match=f"changed since the state was saved: {name} {getattr(options, name)} -> {value};",
+        ):
+            start.require_same(origin(**{name: value}), allowed=False)
     with pytest.raises(ValueError, match="instance pictures an update 2 -> 4"):
-        start.compare(origin(train_batch_size=4), allowed=False)
+        start.require_same(origin(train_batch_size=4), allowed=False)
     base.write_bytes(b"others")
-    data.instance_paths[0].write_bytes(data.instance_paths[1].read_bytes())
+    images[0].write_bytes(images[1].read_bytes())
     with pytest.raises(ValueError, match="instance pictures .*; base model "):
-        start.compare(origin(), allowed=False)
+        start.require_same(origin(), allowed=False)
     with pytest.raises(ValueError, match="changed since the state was saved: class pictures 1 -> 2;"):
-        start.compare({"class pictures": "2"}, allowed=False)
-    start.compare(origin(), allowed=True)
+        start.require_same({"class pictures": "2"}, allowed=False)
+    start.require_same(origin(), allowed=True)
     assert "resume: changed: base model" in caplog.text

@@ -1,31 +1,24 @@
 """Guidance, decoding, seeds and class pictures; the shipped model against diffusers."""
 
 import dataclasses
-import logging
 
 import mindspore as ms
 import numpy as np
-import pytest
 import torch
-from conftest import ROOT, SHALLOW, random_model, torch_networks, weights_as_arrays, write_pictures
+from conftest import ROOT, torch_networks, weights_as_arrays
 from diffusers import DDIMScheduler
 
 from ldm.config import read_model_config
 from ldm.networks.autoencoder import posterior_sample
 from ldm.networks.latent_diffusion import build_model
 from ldm.sampling.samplers import sample_ddim
-from ldm.sampling.text_to_image import TextToImage, missing_class_numbers, sample_class_images, valid_class_images
+from ldm.sampling.text_to_image import Sampling, TextToImage
 from ldm.weights.checkpoint import load_weights, read_checkpoint
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    return TextToImage(random_model(SHALLOW), SHALLOW)
-
-
 def draw(pipeline, count, **changes):
-    settings = dict(sampler="ddim", steps=3, guidance_scale=3.0, height=32, width=32) | changes
-    return pipeline(["a dog"] * count, [""] * count, [(5, n) for n in range(count)], **settings)
+    settings = Sampling(**dict(sampler="ddim", steps=3, guidance_scale=3.0, height=32, width=32) | changes)
+    return pipeline(["a dog"] * count, [""] * count, [(5, n) for n in range(count)], settings)
 
 
 def test_guidance_is_one_doubled_call(pipeline):
@@ -53,31 +46,6 @@ def test_height_and_width(pipeline):
     assert draw(pipeline, 1, height=24, width=40).shape == (1, 24, 40, 3)
 
 
-def test_class_pictures_are_topped_up_to_the_count(pipeline, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    settings = dict(seed=1, batch_size=2, sampler="ddim", steps=2, guidance_scale=2.0, size=32)
-    paths = list(sample_class_images(pipeline, whole, "a dog", missing_class_numbers(whole, 5), **settings))
-    assert [p.name for p in paths] == [f"class_{n:05d}.png" for n in range(5)] and valid_class_images(whole) == paths
-    write_pictures(parts, 1)  # a picture of the user's own
-    interrupted = sample_class_images(pipeline, parts, "a dog", missing_class_numbers(parts, 5), **settings)
-    next(interrupted), next(interrupted), next(interrupted)
-    interrupted.close()
-    assert len(valid_class_images(parts)) == 4
-    list(sample_class_images(pipeline, parts, "a dog", missing_class_numbers(parts, 2), **settings))
-    assert len(valid_class_images(parts)) == 6
-    for path in paths:
-        assert path.read_bytes() == (parts / path.name).read_bytes()
-
-
-def test_damaged_class_pictures_do_not_count(tmp_path, caplog):
-    good = write_pictures(tmp_path, 2)
-    (tmp_path / "bad.png").write_bytes(b"x")
-    with caplog.at_level(logging.WARNING):
-        assert valid_class_images(tmp_path) == good
-    assert "bad.png" in caplog.text
-
-
 def test_posterior_sample():
     mean, log_variance = np.full((1, 2, 2, 2), 3.0), np.full((1, 2, 2, 2), np.log(4.0))
     latents = posterior_sample(np.concatenate([mean, log_variance], 1), np.full((1, 2, 2, 2), 0.5), 0.25)
@@ -102,7 +70,8 @@ def test_the_shipped_model_draws_the_same_picture_as_diffusers():
     schedule = dataclasses.asdict(config.noise_schedule)
     scheduler = DDIMScheduler(
         schedule["timesteps"], schedule["beta_start"], schedule["beta_end"], "scaled_linear",
-        prediction_type=schedule["prediction_type"], clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        prediction_type=schedule["prediction_type"], clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
     )  # fmt: skip
     scheduler.set_timesteps(10)
     with torch.no_grad():

@@ -25,20 +25,28 @@ def test_updates_equal_torch(decoupled, weight_decay):
     ours = [Parameter(ms.Tensor(value), name=name) for name, value in zip(NAMES, start)]
     theirs = [torch.nn.Parameter(torch.from_numpy(value.copy())) for value in start]
     groups = [
-        {"params": [p for p, name in zip(theirs, NAMES) if has_weight_decay(name) is decayed], "weight_decay": weight_decay * decayed}
+        {
+            "params": [p for p, name in zip(theirs, NAMES) if has_weight_decay(name) is decayed],
+            "weight_decay": weight_decay * decayed,
+        }
         for decayed in (True, False)
     ]
     optimizer = AdamW(ours, (0.9, 0.98), weight_decay, decoupled)
-    reference = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-8)
+    reference = (torch.optim.AdamW if decoupled else torch.optim.Adam)(
+        groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-8
+    )
     for step in range(1, 8):
-        gradients = [(rng.standard_normal((5, 7)) * 10.0 ** rng.integers(-6, 1)).astype(np.float32) for _ in NAMES]
+        gradients = [
+            (rng.standard_normal((5, 7)) * 10.0 ** rng.integers(-6, 1)).astype(np.float32) for _ in NAMES
+        ]
         optimizer(tuple(map(ms.Tensor, gradients)), *optimizer.scalars(step, 1e-2))
         for parameter, gradient in zip(theirs, gradients):
             parameter.grad = torch.from_numpy(gradient)
         reference.step()
     for a, b, before in zip(ours, theirs, start):
         moved, wanted = a.asnumpy() - before, b.detach().numpy() - before
-        assert np.abs(moved - wanted).max() <= 1e-5 * np.abs(wanted).max() + 2e-7  # a rounding of float32 weights about 1
+        # a rounding of float32 weights about 1
+        assert np.abs(moved - wanted).max() <= 1e-5 * np.abs(wanted).max() + 2e-7
 
 
 def test_learning_rate():

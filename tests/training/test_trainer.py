@@ -7,19 +7,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHALLOW, in_half, random_model, torch_networks, weights_as_arrays
-from trainings import OPTIONS, make_data, make_trainer
+from trainings import OPTIONS, make_samples, make_trainer, progress_of
 
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 from ldm.training import trainer as trainer_module
-from ldm.training.trainer import bytes_on_disk
-from ldm.weights.checkpoint import read_checkpoint
+from ldm.training.trainer import UpdateResult, count_values, settle_recompute
 from ldm.weights.diffusers_names import diffusers_names
 
 STEPS = 20
 
 
-def torch_training(weights, config, options, data, steps):
+def torch_training(weights, config, options, samples, steps):
     """Losses of each update and the final weights of the reference loop."""
     unet, vae, text_encoder = torch_networks(weights, config)
     schedule = NoiseSchedule(config.noise_schedule)
@@ -30,30 +29,39 @@ def torch_training(weights, config, options, data, steps):
         is_norm = "norm" in name.split(".")[-2] and "conv_norm" not in name or name.startswith("conv_norm")
         groups[parameter.ndim > 1 and not is_norm].append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": options.weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
+        [{"params": groups[True], "weight_decay": options.weight_decay}, {"params": groups[False],
+        "weight_decay": 0.0}],
         lr=options.start_learning_rate, betas=options.betas, eps=1e-8,
     )  # fmt: skip
-    prompts = [options.instance_prompt] + ([options.class_prompt] if data.class_paths else [])
+    prompts = [options.instance_prompt] + ([options.class_prompt] if samples.class_paths else [])
     ids = torch.from_numpy(Tokenizer(77)(prompts)).long()
     alphas = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32)
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
         terms = []
-        for draws in data.batches(
-            options.train_batch_size, options.gradient_accumulation_steps, step * options.gradient_accumulation_steps
+        for batch in samples.batches(
+            options.train_batch_size,
+            options.gradient_accumulation_steps,
+            step * options.gradient_accumulation_steps,
         ):
-            pixels = torch.from_numpy(np.stack([data.pixels(draw) for draw in draws]))
+            pixels = torch.from_numpy(np.stack([samples.pixels(sample) for sample in batch]))
             with torch.no_grad():
                 posterior = vae.encode(pixels).latent_dist
-            t, noise, posterior_noise = zip(*(data.noise(draw, tuple(posterior.mean.shape[1:]), 1000) for draw in draws))
-            t, noise, posterior_noise = torch.tensor(t), torch.from_numpy(np.stack(noise)), torch.from_numpy(np.stack(posterior_noise))
+            t, noise, posterior_noise = zip(
+                *(samples.noise(sample, tuple(posterior.mean.shape[1:]), 1000) for sample in batch)
+            )
+            t, noise, posterior_noise = (
+                torch.tensor(t),
+                torch.from_numpy(np.stack(noise)),
+                torch.from_numpy(np.stack(posterior_noise)),
+            )
             latents = (posterior.mean + posterior.std * posterior_noise) * config.autoencoder.scale_factor
             a, s = (x[:, None, None, None] for x in (alphas[t].sqrt(), (1 - alphas[t]).sqrt()))
-            context = text_encoder(ids)[0].repeat_interleave(len(draws) // len(prompts), 0)
+            context = text_encoder(ids)[0].repeat_interleave(len(batch) // len(prompts), 0)
             prediction = unet(a * latents + s * noise, t, context).sample
             target = noise if config.noise_schedule.prediction_type == "epsilon" else a * noise - s * latents
-            if data.class_paths:
+            if samples.class_paths:
                 (p1, p2), (t1, t2) = prediction.chunk(2), target.chunk(2)
                 instance, prior = torch.nn.functional.mse_loss(p1, t1), torch.nn.functional.mse_loss(p2, t2)
             else:
@@ -70,13 +78,13 @@ def torch_training(weights, config, options, data, steps):
 
 def compare(tmp_path, config, options, with_class=True):
     """Largest relative difference of the losses, and relative L2 difference of the change of the weights."""
-    data = make_data(tmp_path, options, with_class)
+    samples = make_samples(tmp_path, options, with_class)
     model = random_model(config)
     before = weights_as_arrays(model)
-    trainer = make_trainer(model, config, options, data)
+    trainer = make_trainer(model, config, options, samples)
     assert {p.name for p in model.get_parameters()} == before.keys()  # building the trainer renames nothing
     ours = np.array([trainer.one_update()[0] for _ in range(STEPS)])
-    theirs, final = torch_training(before, config, options, data, STEPS)
+    theirs, final = torch_training(before, config, options, samples, STEPS)
     difference = change = 0.0
     for parameter in model.get_parameters():
         moved = parameter.asnumpy() - before[parameter.name]
@@ -85,15 +93,22 @@ def compare(tmp_path, config, options, with_class=True):
         if (folder, names[0]) not in final:
             assert not moved.any(), f"{parameter.name} is frozen and moved"
             continue
-        reference = np.concatenate([final[folder, name] for name in names]).reshape(moved.shape) - before[parameter.name]
+        reference = (
+            np.concatenate([final[folder, name] for name in names]).reshape(moved.shape)
+            - before[parameter.name]
+        )
         difference += np.square(moved - reference, dtype=np.float64).sum()
         change += np.square(reference, dtype=np.float64).sum()
     return np.abs(ours / np.where(theirs == 0, 1, theirs) - (theirs != 0)).max(), np.sqrt(difference / change)
 
 
 VARIANTS = {
-    "text_encoder_accumulation_clipping": dict(train_text_encoder=True, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5),
-    "frozen_text_accumulation_clipping": dict(train_text_encoder=False, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5),
+    "text_encoder_accumulation_clipping": dict(
+        train_text_encoder=True, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5
+    ),
+    "frozen_text_accumulation_clipping": dict(
+        train_text_encoder=False, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5
+    ),
     "text_encoder_recompute": dict(train_text_encoder=True, recompute=True),
 }
 
@@ -101,58 +116,49 @@ VARIANTS = {
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_twenty_steps_equal_pytorch(tmp_path, changes):
     loss_error, weight_error = compare(tmp_path, SHALLOW, dataclasses.replace(OPTIONS, **changes))
-    print(f"largest relative loss difference {loss_error:.2e}, relative L2 difference of the change {weight_error:.2e}")
+    print(
+        f"largest relative loss difference {loss_error:.2e}, relative L2 difference of the change "
+        f"{weight_error:.2e}"
+    )
     assert loss_error <= 1e-4
     assert weight_error <= 1e-3
 
 
 def test_without_class_pictures_the_loss_is_the_instance_term(tmp_path):
     options = dataclasses.replace(OPTIONS, with_prior_preservation=False, use_ema=True, warmup_steps=3)
-    data, model = make_data(tmp_path, options, with_class=False), random_model(SHALLOW)
-    trainer = make_trainer(model, SHALLOW, options, data)
-    reports = [report for report, _ in zip(trainer.run(), range(4))]
+    samples, model = make_samples(tmp_path, options, with_class=False), random_model(SHALLOW)
+    trainer = make_trainer(model, SHALLOW, options, samples)
+    reports = [report for report, _ in zip(trainer.updates(progress_of(options, samples)), range(4))]
     assert all(report.loss == report.instance_loss and report.class_loss == 0 for report in reports)
     assert np.allclose([report.learning_rate for report in reports], np.array([1, 2, 3, 3]) / 3 * 1e-4)
-    trained, all_values = (sum(p.size for p in parameters) for parameters in (trainer.parameters, model.get_parameters()))
-    assert bytes_on_disk(model, options) == (
-        2 * 4 * all_values,
-        4 * 4 * trained,
-        4 * (all_values - trained),
-    )  # averages too; weights, two moments, averages
+    assert [report.epoch for report in reports] == [1] * 4 and reports[0].total_steps == 40
+    averages = trainer.averages()
+    assert averages.keys() == trainer.weights().keys()
+    assert any(
+        not np.array_equal(averages[name].asnumpy(), p.asnumpy()) for name, p in trainer.weights().items()
+    )
+    trained, all_values = count_values(model, options.train_text_encoder)[::-1]
+    assert trained == trainer.trained_values == sum(p.size for p in trainer.parameters) < all_values
+    # weights, two moments, averages, of 4 bytes each
     assert sum(p.nbytes for p in trainer.state()[0].values()) == 4 * 4 * trained
-    paths = trainer.save(tmp_path / "out", 1)
-    assert all(0 <= path.stat().st_size - 4 * all_values < 0.05 * 4 * all_values for path in paths)
-    assert [path.name for path in paths] == ["dreambooth_epoch_1.ckpt", "dreambooth_epoch_1_ema.ckpt"]
-    plain, averaged = (read_checkpoint(path) for path in paths)
-    assert plain.keys() == averaged.keys() == weights_as_arrays(model).keys()
-    same = {name for name in plain if np.array_equal(plain[name], averaged[name])}
-    assert same == {name for name in plain if name.startswith("first_stage_model.")}
-
-
-def test_steps_epochs_and_checkpoints(tmp_path):
-    options = dataclasses.replace(OPTIONS, train_batch_size=3, train_data_repeats=2, epochs=3, ckpt_save_interval=2)
-    trainer = make_trainer(random_model(SHALLOW), SHALLOW, options, make_data(tmp_path, options))
-    trainer.one_update = lambda: (setattr(trainer, "global_step", trainer.global_step + 1), (np.ones(3), 0.0, False))[1]
-    seen, saved = [], []
-    for report in trainer.run():  # 8 samples an epoch, 3 a step
-        seen.append((report.global_step, report.epoch, trainer.finished_epoch()))
-        saved += [trainer.epoch_to_save()] if trainer.epoch_to_save() else []
-    assert seen == [(1, 1, None), (2, 1, None), (3, 2, 1), (4, 2, None), (5, 2, None), (6, 3, 2), (7, 3, None), (8, 3, 3)]
-    assert saved == [2, 3]
 
 
 def test_float16_training_and_overflow(tmp_path):
-    """An overflow leaves weights and moments alone and halves the scale; then training goes on, with falling loss."""
+    """An overflow leaves weights and moments alone and halves the scale; then training goes on, with falling
+    loss.
+    """
     config = in_half(SHALLOW)
-    options = dataclasses.replace(OPTIONS, init_loss_scale=2.0**40, loss_scale_factor=2.0**12, clip_grad=True, start_learning_rate=1e-3)
-    data, model = make_data(tmp_path, options), random_model(config)
-    trainer = make_trainer(model, config, options, data)
+    options = dataclasses.replace(
+        OPTIONS, init_loss_scale=2.0**40, loss_scale_factor=2.0**12, clip_grad=True, start_learning_rate=1e-3
+    )
+    samples, model = make_samples(tmp_path, options), random_model(config)
+    trainer = make_trainer(model, config, options, samples)
     before = weights_as_arrays(model)
     _, _, skipped = trainer.one_update()
     assert skipped and trainer.loss_scale.value == 2.0**28
     assert all(np.array_equal(value, before[name]) for name, value in weights_as_arrays(model).items())
     assert not any(moment.asnumpy().any() for moment in trainer.optimizer.moment1)
-    reports = [report for report, _ in zip(trainer.run(), range(18))]
+    reports = [report for report, _ in zip(trainer.updates(progress_of(options, samples)), range(18))]
     assert any(not report.skipped for report in reports) and "OVERFLOW" not in reports[-1].line()
     applied = [report.loss for report in reports if not report.skipped]
     assert np.isfinite(applied).all() and np.mean(applied[-4:]) < np.mean(applied[:4])
@@ -160,25 +166,41 @@ def test_float16_training_and_overflow(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    trainer = make_trainer(random_model(SHALLOW), SHALLOW, OPTIONS, make_data(tmp_path, OPTIONS))
-    trainer.one_update = lambda: (np.array([np.nan, 1, 1]), 0.0, False)
+    samples = make_samples(tmp_path)
+    trainer = make_trainer(random_model(SHALLOW), SHALLOW, OPTIONS, samples)
+    trainer.one_update = lambda: UpdateResult(np.array([np.nan, 1, 1]), 0.0, False)
     with pytest.raises(FloatingPointError, match="lower start_learning_rate"):
-        next(trainer.run())
+        next(trainer.updates(progress_of(OPTIONS, samples)))
 
 
 def test_too_many_overflows_in_a_row_end_the_training_with_its_weights(tmp_path, monkeypatch):
-    """A scale that no overflow brings down far enough: after three (here) the run ends, the weights are those of before."""
+    """A scale that no overflow brings down far enough: after three (here) the run ends, the weights are those
+    of before.
+    """
     monkeypatch.setattr(trainer_module, "MAX_SKIPPED_IN_A_ROW", 3)
     options = dataclasses.replace(OPTIONS, init_loss_scale=2.0**100, loss_scale_factor=1.5)
     model = random_model(SHALLOW)
     before = weights_as_arrays(model)
-    trainer = make_trainer(random_model(in_half(SHALLOW)), in_half(SHALLOW), options, make_data(tmp_path, options))
+    samples, half = make_samples(tmp_path, options), random_model(in_half(SHALLOW))
+    trainer = make_trainer(half, in_half(SHALLOW), options, samples)
     reports = []
-    with pytest.raises(FloatingPointError, match="3 updates in a row overflowed in float16, up to step 3: lower start_learning_rate"):
-        reports += trainer.run()
+    with pytest.raises(
+        FloatingPointError,
+        match="3 updates in a row overflowed in float16, up to step 3: lower start_learning_rate",
+    ):
+        reports += trainer.updates(progress_of(options, samples))
     assert trainer.global_step == 3 and trainer.updates_applied == 0
-    assert all(np.array_equal(value, before[name]) for name, value in weights_as_arrays(trainer.model).items())
+    assert all(np.array_equal(value, before[name]) for name, value in weights_as_arrays(half).items())
     trainer.require_finite_weights()
     trainer.parameters[0].set_data(trainer.parameters[0] * float("nan"))
     with pytest.raises(FloatingPointError, match="1 weights are not finite after step 3"):
         trainer.require_finite_weights()
+
+
+def test_recompute_is_decided_once_and_never_with_dropout(monkeypatch):
+    for low in (False, True):
+        monkeypatch.setattr(trainer_module, "memory_is_low", lambda size, low=low: low)
+        assert [settle_recompute(given, 10, 0.0) for given in (True, False, None)] == [True, False, low]
+        assert settle_recompute(None, 10, 0.1) is False
+    with pytest.raises(ValueError, match="recompute does not work with dropout"):
+        settle_recompute(True, 10, 0.1)

@@ -53,7 +53,9 @@ def test_ckpt_is_what_mindspore_writes_and_reads(tmp_path, arrays, split, monkey
     ms.save_checkpoint(entries(arrays), str(theirs))
     assert ours.read_bytes() == theirs.read_bytes()
     assert ours.read_bytes().count("größe".encode()) == (3 if split else 1)
-    assert_equal({name: parameter.asnumpy() for name, parameter in ms.load_checkpoint(str(ours)).items()}, arrays)
+    assert_equal(
+        {name: parameter.asnumpy() for name, parameter in ms.load_checkpoint(str(ours)).items()}, arrays
+    )
     assert_equal(read_checkpoint(theirs), arrays)
 
 
@@ -96,7 +98,10 @@ def message(*values) -> bytes:
 
 def test_a_scalar_of_older_versions(tmp_path):
     (tmp_path / "old.ckpt").write_bytes(message(("a", "Int64", [0], bytes(8)), ("b", "Int64", [0], b"")))
-    assert {name: value.shape for name, value in read_checkpoint(tmp_path / "old.ckpt").items()} == {"a": (), "b": (0,)}
+    assert {name: value.shape for name, value in read_checkpoint(tmp_path / "old.ckpt").items()} == {
+        "a": (),
+        "b": (0,),
+    }
 
 
 GOOD, OTHER = ("a", "Float32", [2, 3], bytes(24)), ("b", "Float32", [1], bytes(4))
@@ -104,12 +109,16 @@ MAP = Checkpoint()
 MAP.value.add(tag="m").maptensor.tensor.add(dims=[1], tensor_type="Float32", tensor_content=bytes(4))
 HOLE = save({"a": np.zeros(4, np.float32), "b": np.zeros(4, np.float32)})
 DAMAGE = {
-    "longer": (message(("a", "Float32", [2, 3], bytes(28))), r"'a': Float32 of shape \(2, 3\) has 24 bytes, the file has 28"),
+    "longer": (message(("a", "Float32", [2, 3], bytes(28))),
+    r"'a': Float32 of shape \(2, 3\) has 24 bytes, the file has 28"),
     "shorter": (message(("a", "Float32", [2, 3], bytes(20))), "the file has 20"),
     "negative": (message(("a", "Float32", [-1, 0], b"")), "'a': Float32 of shape"),
-    "a piece missing": (message(("a", "Float32", [2, 3], bytes(8)), ("a", "Float32", [2, 3], bytes(8)), OTHER), "the file has 16"),
-    "pieces apart": (message(("a", "Float32", [2, 3], bytes(12)), OTHER, ("a", "Float32", [2, 3], bytes(12))), "'a': occurs twice"),
-    "pieces differ": (message(("a", "Float32", [6], bytes(12)), ("a", "Float32", [3], bytes(12))), "'a': its pieces differ"),
+    "a piece missing": (message(("a", "Float32", [2, 3], bytes(8)), ("a", "Float32", [2, 3], bytes(8)),
+    OTHER), "the file has 16"),
+    "pieces apart": (message(("a", "Float32", [2, 3], bytes(12)), OTHER, ("a", "Float32", [2, 3], bytes(12))),
+    "'a': occurs twice"),
+    "pieces differ": (message(("a", "Float32", [6], bytes(12)), ("a", "Float32", [3], bytes(12))),
+    "'a': its pieces differ"),
     "twice": (message(GOOD, OTHER, GOOD), "'a': occurs twice"),
     "twice in a row": (message(GOOD, GOOD), "the file has 48"),
     "dtype": (message(("a", "BFloat16", [1], bytes(2))), "'a': dtype 'BFloat16' is not supported"),
@@ -127,7 +136,8 @@ DAMAGE = {
     "safetensors overlap": (HOLE.replace(b"[16,32]", b"[15,32]"), "[Ii]nvalid ?[Oo]ffset.*b"),
     "safetensors shape": (HOLE.replace(b"[4]", b"[5]"), "[Ii]nvalid"),
     "safetensors dtype": (HOLE.replace(b"F32", b"F99"), "F99"),
-    "safetensors bfloat16": (save({"a": np.zeros(1, np.float16)}).replace(b'"F16"', b'"BF16"').replace(b" ", b"", 1), "BF16"),
+    "safetensors bfloat16": (save({"a": np.zeros(1, np.float16)}).replace(b'"F16"', b'"BF16"').replace(b" ",
+    b"", 1), "BF16"),
 }  # fmt: skip
 
 
@@ -180,7 +190,8 @@ def test_any_change_of_the_bytes_loads_the_same_names_or_is_refused(tmp_path, su
             del changed[rng.integers(len(changed)) :]
         path.write_bytes(changed)
         try:
-            load_weights(net, read_checkpoint(path), "changed")  # names and shapes are this net's, or ValueError
+            # names and shapes are this net's, or ValueError
+            load_weights(net, read_checkpoint(path), "changed")
             outcomes.append("loaded")
         except ValueError as error:
             assert "\n" not in str(error)
@@ -218,7 +229,9 @@ def test_no_second_copy_in_memory(tmp_path, suffix):
     save_weights({f"{number}.weight": values for number in range(20)}, source)
     assert source.stat().st_size // 2**20 == size
     command = [sys.executable, "-c", MEMORY, str(ROOT), str(source), str(target)]
-    loaded, saved = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-2:])
+    loaded, saved = map(
+        float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-2:]
+    )
     print(f"{suffix}: {size} MB loaded with {loaded:.0f} MB, saved with {saved:.0f} MB")
     assert size < loaded < 1.3 * size and saved < 1.3 * size  # one array is 10 MB
     assert_equal(read_checkpoint(target), read_checkpoint(source))

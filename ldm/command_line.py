@@ -1,0 +1,216 @@
+"""The face of a command: flags and option files in; log lines, one-line errors and exit statuses out.
+
+No mindspore.
+
+Values come in the order default < file < flag. An unknown key, a wrong type or an impossible combination ends
+the command with one line and status 2, before any network is built.
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import shlex
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from ldm.config import ConfigError, nearest, parse_value, read_mapping
+
+USERS_ERRORS = (ValueError, FloatingPointError, OverflowError, MemoryError, OSError)
+
+
+class Interrupted(SystemExit):
+    """SIGINT or SIGTERM, with the exit status that shells give it: 130 or 143."""
+
+
+class Ending:
+    """How a command ends: `with Ending("train_dreambooth.py"): ...`
+
+    An error that is the user's to mend ends it with one line and status 2; a signal with the shell's status,
+    130 or 143, and the line that continues the command where it can be resumed. Of several processes the line
+    names the rank, and an error ends the process without shutting down MindSpore's communication, in which it
+    would wait for the others.
+    """
+
+    def __init__(self, command: str, can_be_resumed: bool = False) -> None:
+        self.command, self.can_be_resumed = command, can_be_resumed
+        self.rank, self.size = 0, 1
+
+    def joined(self, rank: int, size: int) -> None:
+        """This process is one of several from now on."""
+        self.rank, self.size = rank, size
+
+    def __enter__(self) -> "Ending":
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if isinstance(error, (Interrupted, KeyboardInterrupt)):
+            if self.rank == 0:
+                print(self._interrupted(), file=sys.stderr, flush=True)
+            raise SystemExit(error.code if isinstance(error, Interrupted) else 130)
+        if isinstance(error, USERS_ERRORS):
+            who = f"{self.command}: rank {self.rank}" if self.size > 1 else self.command
+            message = " ".join(str(error).split()) or type(error).__name__
+            print(f"{who}: error: {message}", file=sys.stderr, flush=True)
+            if self.size > 1:
+                os._exit(2)
+            raise SystemExit(2)
+        if error and self.size > 1:
+            traceback.print_exception(error)
+            os._exit(1)
+
+    def _interrupted(self) -> str:
+        if not self.can_be_resumed:
+            return f"{self.command}: interrupted"
+        if self.size > 1:
+            return "stopped; continue with the same command and --resume=latest"
+        return f"stopped; continue with: python {shlex.join([*sys.argv, '--resume=latest'])}"
+
+
+class _BarHandler(logging.StreamHandler):
+    """Log lines that do not tear a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def start_logging(level: str, log_file: Path | None = None, who: str = "") -> None:
+    """Log lines of this program to standard error and, where given, to a file as well; `who` stands before
+    each.
+    """
+    logging.raiseExceptions = (
+        False  # a log that cannot be written, on a full disk, is no reason for a traceback
+    )
+    handlers: list[logging.Handler] = [_BarHandler()]
+    if log_file:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    line = f"%(asctime)s {who}%(levelname)s %(message)s"
+    logging.basicConfig(level=level, format=line, handlers=handlers, force=True)
+
+
+def progress_bar(what: str, is_shown: bool = True, unit: str = "image") -> Callable[..., tqdm]:
+    """A function that opens a progress bar on standard error for a total, where there is a terminal and
+    anything to do.
+    """
+
+    def show(total: int, done: int = 0) -> tqdm:
+        disable = None if is_shown and total else True  # None: unless it is a terminal
+        return tqdm(total=total, initial=done, desc=what, unit=unit, disable=disable)
+
+    return show
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def make_parser(cls) -> argparse.ArgumentParser:
+    """The parser of an option class: a flag for each field, in the fields' groups."""
+    parser = _Parser(
+        usage="%(prog)s [options]",
+        description=cls.__doc__,
+        epilog=f"example:\n  {cls.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups = {}
+    for spec in dataclasses.fields(cls):
+        meta = spec.metadata
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        extra = {"metavar": meta["metavar"] or _metavar(spec)}
+        if spec.type in (bool, bool | None):
+            extra = {"metavar": "BOOL", "nargs": "?", "const": "True"}
+        elif isinstance(spec.default, tuple):
+            extra = {"metavar": "N", "nargs": "+"}
+        text = _help(spec) if meta["text"] else argparse.SUPPRESS
+        groups[meta["group"]].add_argument(
+            f"--{spec.name}", *meta["aliases"], dest=spec.name, help=text, **extra
+        )
+    return parser
+
+
+def _metavar(spec: dataclasses.Field) -> str:
+    if spec.name.endswith(("_dir", "_path", "_file", "_config")) or spec.name == "config":
+        return "PATH"
+    return "N" if spec.type in (int, float, int | None, float | None) else "TEXT"
+
+
+def _help(spec: dataclasses.Field) -> str:
+    """A line of --help: text, choices, and the default in brackets unless the text ends with its own."""
+    meta, default = spec.metadata, spec.default
+    choices = f" {{{','.join(map(str, meta['choices']))}}}" if meta["choices"] else ""
+    shown = (
+        " ".join(map(str, default)) if isinstance(default, tuple) else "none" if default is None else default
+    )
+    text = meta["text"] if meta["text"].endswith("]") else f"{meta['text']}{choices} [{shown}]"
+    return text.replace("%", "%%")
+
+
+def parse_options(cls, argv: Sequence[str] | None = None):
+    """Options of type `cls` from the command line and, where it has `train_config`, from that file.
+
+    Ends the process with one line and status 2 where something is wrong.
+    """
+    parser = make_parser(cls)
+    known, unknown = parser.parse_known_args(argv)
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}")
+    try:
+        given = _collect(cls, vars(known), "command line")
+        if "train_config" in cls.__dataclass_fields__:
+            path = given.get("train_config", cls.train_config)
+            given = _collect(cls, read_mapping(path), str(path)) | given
+        options = cls(**given)
+        options.check()
+    except ConfigError as error:
+        parser.error(str(error))
+    return options
+
+
+def _collect(cls, given: dict, source: str) -> dict:
+    """`given` converted to the types of `cls`; a key that `cls` lacks is an error."""
+    specs = {spec.name: spec for spec in dataclasses.fields(cls)}
+    names = {name: name for name in specs}
+    for spec in specs.values():
+        names |= {
+            alias.lstrip("-"): spec.name for alias in spec.metadata["aliases"] if alias.startswith("--")
+        }
+    result = {}
+    for key, value in given.items():
+        name = names.get(key)
+        if name is None:
+            raise ConfigError(f"{source}: unknown option {key}{nearest(str(key), list(names))}")
+        if name == "log_level" and isinstance(value, str):
+            value = value.removeprefix("logging.").upper()
+        result[name] = parse_value(value, specs[name].type, f"{source}: {name}")
+        _check_bounds(specs[name], result[name])
+    return result
+
+
+def _check_bounds(spec: dataclasses.Field, value) -> None:
+    """Raises ConfigError where a value is not among an option's choices or outside its bounds."""
+    meta = spec.metadata
+    if meta["choices"] and value not in meta["choices"]:
+        choices = list(map(str, meta["choices"]))
+        hint = "" if str(value)[:1].isdigit() else nearest(str(value), choices)  # 2.1 is no misspelt 2.0
+        raise ConfigError(f"{spec.name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+    for item in value if isinstance(value, tuple) else (value,):
+        if item is None:
+            continue
+        if meta["least"] is not None and item < meta["least"]:
+            raise ConfigError(f"{spec.name} must be {meta['least']} or more, got {item}")
+        if meta["above"] is not None and item <= meta["above"]:
+            raise ConfigError(f"{spec.name} must be more than {meta['above']}, got {item}")
+        if meta["below"] is not None and item >= meta["below"]:
+            raise ConfigError(f"{spec.name} must be less than {meta['below']}, got {item}")

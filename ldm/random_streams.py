@@ -1,0 +1,13 @@
+"""Random numbers as a function of (seed, purpose, number): a run draws the same ones however it is split or
+resumed.
+"""
+
+import numpy as np
+
+# The purposes: the part of a stream's key between the seed and the number.
+INSTANCE_CROP, CLASS_CROP, INSTANCE_NOISE, CLASS_NOISE, INSTANCE_ORDER, CLASS_ORDER, IMAGE = range(7)
+
+
+def stream(seed: int, purpose: int, number: int) -> np.random.Generator:
+    """The random numbers of one purpose and one number of it."""
+    return np.random.default_rng([seed, purpose, number])

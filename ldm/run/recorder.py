@@ -1,0 +1,114 @@
+"""What a training leaves on the disk while it goes on: metrics, log lines, states and checkpoints."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Protocol
+
+from ldm.run.folder import RunFolder
+from ldm.run.states import State
+
+logger = logging.getLogger(__name__)
+
+
+class Trained(Protocol):
+    """What is recorded: ldm.training.trainer.Trainer, which explains the methods."""
+
+    global_step: int
+    trained_values: int
+
+    def weights(self) -> Mapping: ...
+    def averages(self) -> Mapping | None: ...
+    def state(self) -> tuple[Mapping, dict]: ...
+    def restore(self, arrays: Mapping, counters: dict, source: str) -> None: ...
+    def require_equal_weights(self) -> None: ...
+    def require_finite_weights(self) -> None: ...
+
+
+class Counting(Protocol):
+    """Which updates end an epoch, or the run: ldm.training.progress.Progress."""
+
+    total_updates: int
+
+    def epoch_to_save(self, update: int) -> int | None: ...
+
+
+class Recorder:
+    """Records a training in a run's folder.
+
+    Of several processes the first writes; the others take part in the checks.
+
+    Args:
+        origin: what the run is made of, see ldm/run/recipe.py.
+    """
+
+    def __init__(self, folder: RunFolder, trainer: Trained, progress: Counting, origin: dict) -> None:
+        self.folder, self.checkpoints, self.trainer = folder, folder.checkpoints, trainer
+        self.progress, self.origin, self.options, self.ranks = progress, origin, folder.options, folder.ranks
+
+    def resume(self, state: State | None) -> None:
+        """Restore a state, and write the checkpoint that a run killed after saving it has left out."""
+        if state is None:
+            return
+        trainer = self.trainer
+        trainer.restore(state.arrays(), state.progress, str(state.path))
+        total = self.progress.total_updates
+        logger.info("resumed from %s: %d of %d updates done", state.path, trainer.global_step, total)
+        epoch = self.progress.epoch_to_save(trainer.global_step)
+        if epoch and self.ranks.is_first:
+            self.checkpoints.save_if_missing(epoch, state.saved_at(), trainer.weights(), trainer.averages())
+        self.ranks.wait()
+
+    def begin(self, instance_images: int) -> None:
+        """Note what the run is made of, before its first update."""
+        self.trainer.require_equal_weights()
+        self.folder.note_run(self.origin)
+        self.metrics = self.folder.metrics(self.trainer.global_step)
+        self.folder.states.start_clock()
+        text = "training %.1fM values on %d images: %d updates; compiling, the first takes a while"
+        logger.info(text, self.trainer.trained_values / 1e6, instance_images, self.progress.total_updates)
+
+    def write(self, report) -> None:
+        """Of every update: its metrics, and once in a while a log line."""
+        self.metrics.write(dataclasses.asdict(report))
+        if report.global_step % self.options.callback_size == 0 or report.skipped:
+            logger.info(report.line())
+
+    def save_if_due(self, update: int, stops: bool) -> None:
+        """The state, then, at the end of an epoch, its checkpoint: resumed between them, a run writes the
+        checkpoint first.
+
+        Raises:
+            ValueError, FloatingPointError: the weights are not equal in all processes, or not finite; they
+                are not saved.
+        """
+        epoch, every = self.progress.epoch_to_save(update), self.options.save_every
+        keeps_state = stops or bool(every and update % every == 0)
+        if not keeps_state and not epoch:
+            return
+        self.trainer.require_equal_weights()
+        self.trainer.require_finite_weights()
+        if not self.ranks.is_first:
+            return
+        if keeps_state or self.folder.states.is_due(run_ends=update == self.progress.total_updates):
+            self.save_state()
+        if epoch:
+            self.checkpoints.save(epoch, self.trainer.weights(), self.trainer.averages())
+
+    def save_state(self) -> None:
+        if self.ranks.is_first:
+            self.folder.states.save(*self.trainer.state(), self.origin)
+
+    def failed(self, error: FloatingPointError) -> FloatingPointError:
+        """The error with how to continue; where it says that the weights are good, they are saved first."""
+        if getattr(error, "weights_are_good", False):
+            self.save_state()
+            self.ranks.wait()  # if one process exits early, the launcher kills the rest
+        return FloatingPointError(f"{error}; {self.folder.states.advice()}")
+
+    def end(self) -> None:
+        """Note that the run is complete, and say how to use what it has made."""
+        self.folder.note_run(self.origin, ended=self.progress.total_updates)
+        path = self.checkpoints.paths(self.options.epochs, self.trainer.averages() is not None)[-1]
+        command = "python text_to_image.py --config %s --ckpt_path %s --prompt ..."
+        logger.info("done; generate images with: " + command, self.options.model_config, path)

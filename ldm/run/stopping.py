@@ -1,0 +1,67 @@
+"""What happens at Ctrl-C and at SIGTERM.
+
+Before training a signal ends the command at once: no update is in hand, and files appear whole or not at all.
+While it trains (`after_this_update`), the first signal is only noted. The update ends; `requested` tells it
+to all processes, which agree on it even if only one of them got the signal; the command saves a state and
+raises `exit`. A second signal ends the command at once. The exit status is the shell's, 130 or 143, and
+`ldm.command_line.Ending` prints how to continue.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+from ldm.command_line import Interrupted
+
+logger = logging.getLogger(__name__)
+
+
+class StopSignals:
+    """The handlers of SIGINT and SIGTERM.
+
+    To be made before any thread is started, so before NumPy is imported. MindSpore puts a handler of its own
+    for SIGINT in place with every graph that it runs, which turns it into SIGTERM. So SIGINT is blocked, and
+    a thread that waits for it passes it on as SIGUSR1.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._is_postponed = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+        signal.signal(signal.SIGUSR1, lambda _, frame: self._handle(signal.SIGINT, frame))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        threading.Thread(target=self._pass_on, daemon=True).start()
+
+    def _pass_on(self) -> None:
+        while True:
+            signal.sigwait({signal.SIGINT})
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def _handle(self, number: int, frame) -> None:
+        if self.received or not self._is_postponed:
+            raise Interrupted(128 + number)
+        self.received = number
+        logger.info("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
+
+    @contextlib.contextmanager
+    def after_this_update(self) -> Iterator[None]:
+        """Within the block the first signal only sets `received`."""
+        self._is_postponed = True
+        try:
+            yield
+        finally:
+            self._is_postponed = False
+
+    def requested(self, ranks) -> bool:
+        """Whether any of the processes (ldm.ranks.Ranks) was asked to stop: all get the same answer."""
+        return ranks.any(self.received is not None)
+
+    def exit(self, ranks) -> NoReturn:
+        """End the command once all processes have come here: the first one has saved its state by then."""
+        ranks.wait()
+        raise Interrupted(128 + (self.received or signal.SIGTERM))

@@ -1,0 +1,100 @@
+"""The options of text_to_image.py. Must not import mindspore."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ldm.config import ConfigError, require_file
+from ldm.options import DEVICES, LOG_LEVELS, SAMPLER_NAMES, option, refuse_lora
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Generate images from prompts with a Stable Diffusion 2 checkpoint."""
+
+    EXAMPLE: ClassVar[str] = (
+        'python text_to_image.py --prompt="a sks dog on the hill" '
+        "--ckpt_path=output/my_dog/dreambooth_epoch_8.ckpt"
+    )
+
+    prompt: str = option("A cute wolf in winter forest", "prompts", "what the images show")
+    negative_prompt: str = option("", "prompts", "what they should not show")
+    data_path: str | None = option(
+        None,
+        "prompts",
+        "file with one prompt per line, instead of --prompt [no]",
+        aliases=("--from-file", "--from_file"),
+    )
+    negative_data_path: str | None = option(
+        None, "prompts", "file with one negative prompt per line: one, or as many as prompts [no]"
+    )
+
+    config: str = option(
+        "configs/train_dreambooth_sd_v2.yaml", "model", "YAML of the networks and the noise schedule"
+    )
+    ckpt_path: str = option("models/sd_v2_base-57526ee4.ckpt", "model", "checkpoint, .ckpt or .safetensors")
+    version: str = option("2.0", "model", "Stable Diffusion version", aliases=("-v",), choices=("2.0",))
+
+    sampler: str = option("plms", "sampling", "how to sample", choices=SAMPLER_NAMES)
+    plms: bool = option(False, "sampling", "the same as --sampler plms")
+    ddim: bool = option(False, "sampling", "the same as --sampler ddim")
+    dpm_solver: bool = option(False, "sampling", "the same as --sampler dpm_solver")
+    dpm_solver_pp: bool = option(False, "sampling", "the same as --sampler dpm_solver_pp")
+    uni_pc: bool = option(False, "sampling", "the same as --sampler uni_pc")
+    sampling_steps: int = option(50, "sampling", "denoising steps", least=1)
+    guidance_scale: float = option(
+        9.0, "sampling", "classifier-free guidance scale; 1: none", aliases=("--scale",), least=0
+    )
+    ddim_eta: float = option(0.0, "sampling", "noise of DDIM: 0 none, 1 as much as DDPM", least=0)
+    n_iter: int = option(2, "sampling", "rounds", least=1)
+    n_samples: int = option(8, "sampling", "images per prompt and round", least=1)
+    H: int | None = option(None, "sampling", "height in pixels [the configuration's]", least=8)
+    W: int | None = option(None, "sampling", "width in pixels [the configuration's]", least=8)
+    seed: int = option(42, "sampling", "the same seed gives the same images, whatever the batch", least=0)
+    fixed_code: bool = option(False, "sampling", "start every prompt and round from the same noise")
+
+    output_path: str = option(
+        "output", "output", "folder: images go to samples/ in it, a grid of them beside it"
+    )
+    n_rows: int = option(0, "output", "images per row of the grid; 0: n_samples", least=0)
+    skip_grid: bool = option(False, "output", "no grid")
+    skip_save: bool = option(False, "output", "no single images")
+
+    log_level: str = option("INFO", "run", "how much to log", choices=LOG_LEVELS)
+    device: str = option(
+        "auto", "run", "where to run; auto: Ascend if there is one, else CPU", choices=DEVICES
+    )
+    mode: int = option(
+        0, "run", "0 graph mode, 1 PyNative (for debugging)", aliases=("--ms_mode",), choices=(0, 1)
+    )
+    compile_cache: bool = option(True, "run", "keep compiled graphs for the next start")
+    use_lora: bool = option(False, "run", "")
+    lora_rank: int = option(4, "run", "", least=1)
+    lora_ckpt_path: str | None = option(None, "run", "")
+
+    @property
+    def caches_graphs(self) -> bool:
+        return self.compile_cache and self.mode == 0
+
+    @property
+    def sampler_name(self) -> str:
+        return next((name for name in SAMPLER_NAMES if getattr(self, name)), self.sampler)
+
+    def check(self) -> None:
+        """Raise ConfigError for combinations that cannot work and for files that are not there."""
+        refuse_lora(self)
+        named = {name for name in SAMPLER_NAMES if getattr(self, name)}
+        if len(named) > 1 or (named and self.sampler not in ("plms", *named)):
+            several = ", ".join(sorted(named | {self.sampler} - {"plms"}))
+            raise ConfigError(f"give one sampler only, got several: {several}")
+        if self.ddim_eta and self.sampler_name != "ddim":
+            raise ConfigError(
+                f"ddim_eta {self.ddim_eta:g} acts with the ddim sampler only, not with {self.sampler_name}: "
+                f"give --ddim"
+            )
+        if self.skip_grid and self.skip_save:
+            raise ConfigError("skip_grid and skip_save together leave nothing to write: leave one out")
+        for name in ("data_path", "negative_data_path"):
+            if getattr(self, name):
+                require_file(Path(getattr(self, name)), name, "it has one prompt per line")
+        require_file(Path(self.ckpt_path), "checkpoint", "give --ckpt_path (see models/README.md)")

@@ -1,0 +1,72 @@
+"""Updates, epochs and checkpoints of a run: counting, and nothing else."""
+
+from dataclasses import dataclass
+
+from ldm.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How a run's samples make up updates, and its updates epochs.
+
+    Update numbers are counted from 1; 0 is the beginning.
+
+    Args:
+        samples_per_epoch: instance samples.
+        samples_per_update: instance samples, of all processes and all accumulated steps.
+        epochs: of the run. Its last update is filled up with samples of one epoch more.
+        checkpoint_interval: epochs between checkpoints; the last epoch has one, too.
+    """
+
+    samples_per_epoch: int
+    samples_per_update: int
+    epochs: int
+    checkpoint_interval: int = 1
+
+    @classmethod
+    def of(cls, options: TrainOptions, instance_images: int, processes: int) -> "Progress":
+        """As a training's options say, with so many images and processes."""
+        return cls(
+            instance_images * options.train_data_repeats,
+            options.samples_per_update * processes,
+            options.epochs,
+            options.ckpt_save_interval,
+        )
+
+    def nothing_to_do(self) -> str:
+        return (
+            f"nothing to do: all {self.total_updates} updates are done. To train longer, give a larger "
+            f"--epochs."
+        )
+
+    @property
+    def total_updates(self) -> int:
+        return -(-self.epochs * self.samples_per_epoch // self.samples_per_update)
+
+    @property
+    def total_samples(self) -> int:
+        return self.total_updates * self.samples_per_update
+
+    def epoch(self, update: int) -> int:
+        """The epoch, from 1, that an update belongs to."""
+        reached = -(-update * self.samples_per_update // self.samples_per_epoch)
+        return min(max(1, reached), self.epochs)
+
+    def epochs_done(self, update: int) -> int:
+        if update >= self.total_updates:
+            return self.epochs
+        return update * self.samples_per_update // self.samples_per_epoch
+
+    def epoch_to_save(self, update: int) -> int | None:
+        """The epoch that an update finished, if a checkpoint of it is to be written."""
+        epoch = self.epochs_done(update)
+        if update < 1 or epoch == self.epochs_done(update - 1):
+            return None
+        return epoch if epoch % self.checkpoint_interval == 0 or epoch == self.epochs else None
+
+    def checkpoints_to_come(self, update: int) -> int:
+        """How many epochs that end after an update leave a checkpoint."""
+        done, interval = self.epochs_done(update), self.checkpoint_interval
+        return (
+            self.epochs // interval - done // interval + (self.epochs % interval > 0 and done < self.epochs)
+        )

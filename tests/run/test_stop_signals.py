@@ -1,0 +1,34 @@
+"""The signal handlers, in a process of their own; tests/test_stopping.py has whole commands."""
+
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def test_stop_signals():
+    """Postponed, the first one is only noted and the second one stops; otherwise the first one stops.
+
+    The status is the shell's.
+    """
+    program = """
+import os, signal, time
+from ldm.command_line import Interrupted
+from ldm.run.stopping import StopSignals
+
+def status_of(number):
+    try:
+        os.kill(os.getpid(), number)
+        time.sleep(0.5)
+    except Interrupted as end:
+        return end.code
+
+signals = StopSignals()
+with signals.after_this_update():
+    print(status_of(signal.SIGTERM), signals.received == signal.SIGTERM, status_of(signal.SIGINT))
+print(status_of(signal.SIGTERM), StopSignals().received, status_of(signal.SIGINT))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["None True 130", "143 None 130"]

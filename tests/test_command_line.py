@@ -1,0 +1,75 @@
+"""Log lines, and how a command ends."""
+
+import logging
+import signal
+import sys
+
+import pytest
+
+from ldm.command_line import Ending, Interrupted, make_parser, start_logging
+from ldm.options import TrainOptions
+from ldm.sample_options import SampleOptions
+
+
+def test_log_lines_go_to_the_file_too(tmp_path, capsys):
+    before = logging.getLogger().handlers[:]
+    try:
+        start_logging("INFO", tmp_path / "train.log")
+        logging.getLogger("x").info("hello")
+        logging.getLogger("x").debug("hidden")
+    finally:
+        logging.getLogger().handlers[:] = before
+    text = (tmp_path / "train.log").read_text()
+    assert "INFO hello" in text and "hidden" not in text and "hello" in capsys.readouterr().err
+
+
+def test_warnings_name_their_rank(capsys):
+    before = logging.getLogger().handlers[:]
+    try:
+        start_logging("WARNING", who="rank 3 ")
+        logging.getLogger("x").warning("hello")
+    finally:
+        logging.getLogger().handlers[:] = before
+    assert "rank 3 WARNING hello" in capsys.readouterr().err
+
+
+def ended(error, capsys, rank=0, size=1, **more) -> tuple[int, str]:
+    """Exit status and standard error of a command that an error ends."""
+    with pytest.raises(SystemExit) as stop, Ending("train_dreambooth.py", **more) as ending:
+        ending.joined(rank, size)
+        raise error
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no\nsuch  thing"), OSError("no such thing"), FloatingPointError("no such thing")]
+)
+def test_an_error_of_the_user_is_one_line_and_status_2(error, capsys):
+    assert ended(error, capsys) == (2, "train_dreambooth.py: error: no such thing\n")
+
+
+def test_a_signal_has_the_shells_status_and_says_how_to_continue(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_dreambooth.py", "--class_prompt=a dog"])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        code, text = ended(Interrupted(128 + number), capsys, can_be_resumed=True)
+        assert code == 128 + number
+        assert (
+            text
+            == "stopped; continue with: python train_dreambooth.py '--class_prompt=a dog' --resume=latest\n"
+        )
+    assert ended(KeyboardInterrupt(), capsys) == (130, "train_dreambooth.py: interrupted\n")
+    assert ended(Interrupted(143), capsys, rank=1, size=2, can_be_resumed=True) == (143, "")
+    code, text = ended(Interrupted(143), capsys, size=2, can_be_resumed=True)
+    assert text == "stopped; continue with the same command and --resume=latest\n"
+
+
+def test_other_errors_keep_their_traceback(capsys):
+    with pytest.raises(KeyError), Ending("train_dreambooth.py"):
+        raise KeyError("ours")
+
+
+@pytest.mark.parametrize("cls", [TrainOptions, SampleOptions])
+def test_help_says_what_is_required_and_gives_an_example(cls):
+    text = make_parser(cls).format_help()
+    assert "example:\n  python " in text and "[none]" not in text.lower() and "lora" not in text.lower()
+    assert text.count("[required]") == (2 if cls is TrainOptions else 0)
