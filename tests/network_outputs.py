@@ -1,7 +1,8 @@
-"""What all networks answer to the same random inputs."""
+"""What all networks, and PyTorch's, answer to the same random inputs."""
 
 import mindspore as ms
 import numpy as np
+import torch
 
 from ldm.networks.autoencoder import Decode, Encode
 
@@ -24,3 +25,15 @@ def outputs(model, x, t, context, token_ids, pixels):
         "encode": Encode(model.first_stage_model)(tensors[4]).asnumpy(),
         "decode": Decode(model.first_stage_model)(tensors[0]).asnumpy(),
     }
+
+
+def reference_outputs(networks, x, t, context, token_ids, pixels):
+    unet, vae, text_encoder = networks
+    x, t, context, token_ids, pixels = (torch.from_numpy(a) for a in (x, t, context, token_ids, pixels))
+    with torch.no_grad():
+        return {
+            "unet": unet(x, t.long(), context).sample,
+            "text": text_encoder(token_ids.long())[0],
+            "encode": vae.encode(pixels).latent_dist.parameters,
+            "decode": vae.decode(x).sample,
+        }

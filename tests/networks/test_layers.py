@@ -7,9 +7,9 @@ import inspect
 import mindspore as ms
 import numpy as np
 import pytest
-from conftest import SHALLOW, random_model, relative_error, weights_as_arrays
+from conftest import SHALLOW, random_model, relative_error, torch_networks, weights_as_arrays
 from mindspore import ops
-from network_outputs import inputs, outputs
+from network_outputs import inputs, outputs, reference_outputs
 
 from ldm.networks import layers, layers_cpu
 from ldm.networks.latent_diffusion import build_model
@@ -55,18 +55,15 @@ def accelerator_model(config, weights):
     return model
 
 
-def test_the_accelerators_networks_answer_as_those_of_a_cpu():
-    """The same products and sums in another order: a few roundings of 6e-8 for each of some 30 layers."""
-    cpu = random_model(SHALLOW)
-    accelerator = accelerator_model(SHALLOW, weights_as_arrays(cpu))
-    assert cpu.parameter_names() == accelerator.parameter_names()
+def test_the_accelerators_networks_answer_as_pytorchs():
+    """Against diffusers and transformers, as tests/networks/test_networks.py has those of a CPU."""
+    weights = weights_as_arrays(random_model(SHALLOW))
     given = inputs(SHALLOW, 2)
-    expected = outputs(cpu, *given)
-    errors = {
-        name: relative_error(ours, expected[name]) for name, ours in outputs(accelerator, *given).items()
-    }
+    reference = reference_outputs(torch_networks(weights, SHALLOW), *given)
+    ours = outputs(accelerator_model(SHALLOW, weights), *given)
+    errors = {name: relative_error(ours[name], reference[name]) for name in ours}
     print(errors)
-    assert max(errors.values()) <= 1e-5
+    assert max(errors.values()) <= 1e-4
 
 
 def unet_gradients(model, x, t, context, weight) -> list[np.ndarray]:

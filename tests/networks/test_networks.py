@@ -17,7 +17,7 @@ from conftest import (
 )
 from mindspore import ops
 from mindspore.nn.utils import no_init_parameters
-from network_outputs import inputs, outputs
+from network_outputs import inputs, outputs, reference_outputs
 from trainings import make_inputs
 
 from ldm.config import read_model_config
@@ -62,18 +62,6 @@ def test_building_the_trainer_renames_nothing(tmp_path, full_size):
     assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official_table()
     trained = {p.name for p in trainer.parameters}
     assert trained == {name for name in official_table() if not name.startswith("first_stage_model.")}
-
-
-def reference_outputs(networks, x, t, context, token_ids, pixels):
-    unet, vae, text_encoder = networks
-    x, t, context, token_ids, pixels = (torch.from_numpy(a) for a in (x, t, context, token_ids, pixels))
-    with torch.no_grad():
-        return {
-            "unet": unet(x, t.long(), context).sample,
-            "text": text_encoder(token_ids.long())[0],
-            "encode": vae.encode(pixels).latent_dist.parameters,
-            "decode": vae.decode(x).sample,
-        }
 
 
 @pytest.mark.parametrize("batch", [1, 3])
