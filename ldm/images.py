@@ -124,12 +124,12 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.moveaxis(((pixels.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8), -3, -1)
 
 
-def save_image(array: np.ndarray, path: Path) -> None:
+def save_image(array: np.ndarray, path: str | Path) -> None:
     """Write (H, W, 3) uint8 as PNG, whole or not at all.
 
     Raises FileExistsError rather than overwrite a file.
     """
-    with appears_whole(path, replace=False) as file:
+    with appears_whole(Path(path), replace=False) as file:
         Image.fromarray(array).save(file, format="PNG")
 
 
