@@ -92,7 +92,7 @@ def generate_and_save(
                 first = 0 if options.fixed_code else (round_ * len(prompts) + row) * count
                 seeds = [(options.seed, first + place) for place in range(count)]
                 arrays = pipeline([prompt] * count, [negative] * count, seeds, settings, bar.update)
-                graphs.are_complete()
+                graphs.mark_complete()
                 generated.append(arrays)
                 for array in arrays if not options.skip_save else ():
                     path = images.free_path(output / "samples", "", start=number)

@@ -1,7 +1,7 @@
 """Fine-tune Stable Diffusion 2 on a few images of one subject (DreamBooth). `--help` lists the options.
 
-What needs NumPy or MindSpore is imported within functions: typing errors answer at once, and the signals
-are seen to before any thread starts (ldm/run/stopping.py).
+What needs NumPy or MindSpore is imported within functions: a mistyped option is answered at once, and the
+signals are seen to before any thread starts (ldm/run/stopping.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
         check_launch(options.use_parallel)
         options = replace(options, device=start_device(options.device, options.mode))
-        ranks = join(options.device, options.use_parallel)  # msrun's scheduler ends in there
+        ranks = join(options.device, options.use_parallel)  # in which msrun's scheduler serves, and exits
         ending.joined(ranks.rank, ranks.size)
         folder = RunFolder.open(options, ranks)
         if work := plan(options, config, folder, ranks):
@@ -85,7 +85,7 @@ def plan(options: TrainOptions, config: ModelConfig, folder: RunFolder, ranks: R
 
 
 def prepare(work: Plan, folder: RunFolder, ranks: Ranks) -> Inputs:
-    """All that needs the frozen networks: class images, latents, and the prompts of a frozen text encoder."""
+    """Load weights, make class images, latents, frozen text features; take the frozen out of the model."""
     from ldm.run.recipe import origin_of_class_images
     from ldm.sampling.class_images import complete_class_images
     from ldm.training.inputs import Inputs, encode_prompts
@@ -108,7 +108,7 @@ def prepare(work: Plan, folder: RunFolder, ranks: Ranks) -> Inputs:
         count, show = work.progress.total_samples, progress_bar("latents", ranks.is_first)
         moments = moments.cached(config, folder.latents, count, options.train_batch_size, ranks, show)
     text = encode_prompts(options, config, model.cond_stage_model)
-    folder.checkpoints.hold_frozen(model, options)
+    folder.checkpoints.take_frozen_from(model, options)
     return Inputs(samples, moments, text, config)
 
 
@@ -130,12 +130,13 @@ def train(work: Plan, folder: RunFolder, inputs: Inputs, ranks: Ranks, stop: Sto
 
     recorder.begin(len(work.instance_images))
     bar = progress_bar("training", ranks.is_first, "step")(progress.total_updates, trainer.global_step)
-    with stop.after_this_update(), bar:
+    with stop.postponed(), bar:
         try:
             for report in trainer.updates(progress):
-                graphs.are_complete()
+                graphs.mark_complete()
                 recorder.write(report)
                 bar.update()
+                # after the last update there is nothing to stop: the run ends
                 stops = report.global_step < progress.total_updates and stop.requested(ranks)
                 recorder.save_if_due(report.global_step, stops)
                 if stops:

@@ -78,12 +78,12 @@ class SampleOptions:
 
     @property
     def sampler_name(self) -> str:
-        return next((name for name in SAMPLER_NAMES if getattr(self, name)), self.sampler)
+        return next((name for name in SAMPLER_NAMES if getattr(self, name, False)), self.sampler)
 
     def check(self) -> None:
         """Raise ConfigError for combinations that cannot work and for files that are not there."""
         refuse_lora(self)
-        named = {name for name in SAMPLER_NAMES if getattr(self, name)}
+        named = {name for name in SAMPLER_NAMES if getattr(self, name, False)}
         if len(named) > 1 or (named and self.sampler not in ("plms", *named)):
             several = ", ".join(sorted(named | {self.sampler} - {"plms"}))
             raise ConfigError(f"give one sampler only, got several: {several}")

@@ -10,7 +10,7 @@ from conftest import ROOT, write_pictures
 
 from ldm.command_line import parse_options
 from ldm.config import ConfigError, read_mapping, read_model_config
-from ldm.options import TrainOptions
+from ldm.options import SAMPLER_NAMES, TrainOptions
 from ldm.sample_options import SampleOptions
 
 REFERENCE_DEFAULTS = dict(
@@ -222,6 +222,16 @@ def test_every_option_is_read_somewhere():
         # read while parsing
         unused = {field.name for field in dataclasses.fields(cls)} - used - {"train_config", "version"}
         assert not unused
+
+
+def test_a_new_sampler_needs_no_flag_of_its_own(tmp_path, monkeypatch):
+    """CONTRIBUTING's row: the names of 2023 have flags, others are `--sampler` only."""
+    (tmp_path / "a.ckpt").touch()
+    monkeypatch.setattr("ldm.sample_options.SAMPLER_NAMES", ("new", *SAMPLER_NAMES))
+    for options, name in ((SampleOptions(sampler="new"), "new"), (SampleOptions(ddim=True), "ddim")):
+        options = dataclasses.replace(options, ckpt_path=str(tmp_path / "a.ckpt"))
+        options.check()
+        assert options.sampler_name == name
 
 
 def test_what_depends_on_an_option_is_said_by_its_field():

@@ -38,7 +38,7 @@ class Checkpoints:
         self.frozen = {}  # parameters that are not trained
         self._are_on_disk = False
 
-    def hold_frozen(self, model: Model, options: TrainOptions) -> None:
+    def take_frozen_from(self, model: Model, options: TrainOptions) -> None:
         """Take the networks that are not trained out of a model, for the checkpoints to come.
 
         With cached latents nothing else needs them any more: they move out of memory, into a nameless file in

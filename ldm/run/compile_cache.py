@@ -66,8 +66,8 @@ class CompileCache:
         logger.info("compile cache: %s", folder)
         return cls(folder, lock)
 
-    def are_complete(self) -> None:
-        """All graphs of this run are compiled: the next start finds none that are half written."""
+    def mark_complete(self) -> None:
+        """All graphs of this run are compiled: note it on the disk, so that the next start uses them."""
         if self.folder and not self._are_complete:
             self._are_complete = True
             with contextlib.suppress(OSError):
@@ -86,7 +86,7 @@ class CompileCache:
             "low memory: compiling first, then restarting once to free the memory that compiling used"
         )
         compile_all()
-        self.are_complete()
+        self.mark_complete()
         os.environ[RESTARTED] = "1"
         if self._given is None:
             del os.environ["MS_COMPILER_CACHE_PATH"]

@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 from pathlib import Path
+from typing import IO
 
 from ldm.command_line import start_logging
 from ldm.config import ConfigError, ModelConfig
@@ -117,7 +118,7 @@ class RunFolder:
             )  # fmt: skip
 
     def metrics(self, global_step: int) -> "MetricsFile":
-        return MetricsFile(self.path / "metrics.jsonl" if self.ranks.is_first else None, global_step)
+        return MetricsFile.open(self.path / "metrics.jsonl" if self.ranks.is_first else None, global_step)
 
 
 def sizes_of(options: TrainOptions, values: int, trained_values: int) -> tuple[int, int, int]:
@@ -160,19 +161,21 @@ def space_needed(
 
 
 class MetricsFile:
-    """Reports as JSON lines; those of an earlier start after update `global_step` are dropped, and a line
-    that was cut short.
+    """Reports as JSON lines. Without a file nothing is written."""
 
-    Args:
-        path: None: nothing is written.
-    """
+    def __init__(self, file: IO | None = None) -> None:
+        self._file = file
 
-    def __init__(self, path: Path | None, global_step: int) -> None:
+    @classmethod
+    def open(cls, path: Path | None, global_step: int) -> "MetricsFile":
+        """Append to what is there; what an earlier start wrote after update `global_step` is dropped, and a
+        line that was cut short.
+        """
         if path and path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if (step := _step_of(line)) and step <= global_step]
             write_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8", buffering=1) if path else None
+        return cls(open(path, "a", encoding="utf-8", buffering=1) if path else None)
 
     def write(self, report: dict) -> None:
         if self._file:

@@ -1,10 +1,11 @@
 """What happens at Ctrl-C and at SIGTERM.
 
 Before training a signal ends the command at once: no update is in hand, and files appear whole or not at all.
-While it trains (`after_this_update`), the first signal is only noted. The update ends; `requested` tells it
+While it trains (`postponed`), the first signal is only noted. The update ends; `requested` tells it
 to all processes, which agree on it even if only one of them got the signal; the command saves a state and
-raises `exit`. A second signal ends the command at once. The exit status is the shell's, 130 or 143, and
-`ldm.command_line.Ending` prints how to continue.
+calls `exit`. In the last update nothing is left to stop: the run ends as if it had not been asked. A second
+signal ends the command at once. The exit status is the shell's, 130 or 143, and `ldm.command_line.Ending`
+prints how to continue.
 """
 
 import contextlib
@@ -46,11 +47,11 @@ class StopSignals:
         if self.received or not self._is_postponed:
             raise Interrupted(128 + number)
         self.received = number
-        logger.info("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
+        logger.info("%s: stopping after this update; once more stops at once", signal.Signals(number).name)
 
     @contextlib.contextmanager
-    def after_this_update(self) -> Iterator[None]:
-        """Within the block the first signal only sets `received`."""
+    def postponed(self) -> Iterator[None]:
+        """Within the block the first signal only sets `received`, for the update in hand to end."""
         self._is_postponed = True
         try:
             yield

@@ -86,7 +86,7 @@ def training(job, model, config, graphs):
     inputs = Inputs(samples, lambda _: moments, text, config)
     with tempfile.TemporaryDirectory() as folder:
         aside = Checkpoints(Path(folder), keep=1)
-        aside.hold_frozen(model, options)
+        aside.take_frozen_from(model, options)
     trainer = build_trainer(model, inputs, options, config)
     if job["train_text_encoder"]:
         graphs.restart_if_memory_is_low(trainer.compile, 4 * trainer.trained_values)  # as train_dreambooth.py
@@ -221,7 +221,7 @@ def main() -> None:
         job, model, config, graphs
     )
     work()
-    graphs.are_complete()
+    graphs.mark_complete()
     result = {"first": time.perf_counter() - start}
     if job["task"] == "memory":
         resident = {}

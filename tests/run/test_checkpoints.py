@@ -18,7 +18,7 @@ def test_a_checkpoint_is_whole_whether_or_not_its_frozen_part_was_set_aside(tmp_
     before, names = weights_as_arrays(model), model.parameter_names()
     checkpoints = Checkpoints(tmp_path, 10)
     network = weakref.ref(model.first_stage_model)
-    checkpoints.hold_frozen(model, TrainOptions(cache_latents=on_disk))
+    checkpoints.take_frozen_from(model, TrainOptions(cache_latents=on_disk))
     assert not on_disk or network() is None  # out of memory
     assert not list(tmp_path.iterdir())  # the file of what was set aside has no name
     trained = {parameter.name: parameter for parameter in model.get_parameters()}

@@ -59,19 +59,19 @@ def test_it_is_off_where_it_is_not_wanted_or_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for code in ("CompileCache.open(False, {})", "CompileCache.open(True, {})"):
         found = environment_after(
-            f"cache = {code}\ncache.are_complete()", MS_COMPILER_CACHE_PATH=str(tmp_path / "file")
+            f"cache = {code}\ncache.mark_complete()", MS_COMPILER_CACHE_PATH=str(tmp_path / "file")
         )
         assert found["MS_COMPILER_CACHE_ENABLE"] == "0"
 
 
 def test_compiled_graphs_of_a_run_that_was_killed_are_not_used(tmp_path):
-    """Only what `are_complete` was called for is there at the next start."""
+    """Only what `mark_complete` was called for is there at the next start."""
     given = {"MS_COMPILER_CACHE_PATH": str(tmp_path)}
     enable = "cache = CompileCache.open(True, {})\nfolder = os.environ['MS_COMPILER_CACHE_PATH']\n"
     write = "os.makedirs(folder + '/rank_0', exist_ok=True); open(folder + '/rank_0/graph', 'w')\n"
     look = "os.environ['FOUND'] = str(os.path.exists(folder + '/rank_0/graph'))\n"
     environment_after(enable + write, **given)
-    assert environment_after(enable + look + write + "cache.are_complete()", **given)["FOUND"] == "False"
+    assert environment_after(enable + look + write + "cache.mark_complete()", **given)["FOUND"] == "False"
     assert environment_after(enable + look, **given)["FOUND"] == "True"
 
 

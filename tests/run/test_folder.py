@@ -74,13 +74,13 @@ def test_a_disk_that_is_too_small_is_said(tmp_path, monkeypatch, caplog):
 
 def test_metrics_after_the_state_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    first = MetricsFile(path, 0)
+    first = MetricsFile.open(path, 0)
     for step in (1, 2, 3):
         first.write({"global_step": step, "loss": float("nan")})
         if step == 1:
             first._file.write('{"global_st\n')  # a write that was cut short
     path.write_text(path.read_text().rstrip("\n"))
-    MetricsFile(path, 2).write({"global_step": 3, "loss": 0.5})
+    MetricsFile.open(path, 2).write({"global_step": 3, "loss": 0.5})
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["global_step"] for row in rows] == [1, 2, 3] and [row["loss"] for row in rows] == [
         None,

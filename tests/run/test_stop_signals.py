@@ -24,7 +24,7 @@ def status_of(number):
         return end.code
 
 signals = StopSignals()
-with signals.after_this_update():
+with signals.postponed():
     print(status_of(signal.SIGTERM), signals.received == signal.SIGTERM, status_of(signal.SIGINT))
 print(status_of(signal.SIGTERM), StopSignals().received, status_of(signal.SIGINT))
 """
