@@ -78,12 +78,16 @@ class SampleOptions:
 
     @property
     def sampler_name(self) -> str:
-        return next((name for name in SAMPLER_NAMES if getattr(self, name, False)), self.sampler)
+        return next(iter(self._flagged_samplers()), self.sampler)
+
+    def _flagged_samplers(self) -> list[str]:
+        """Those whose own flag is given; samplers since 2023 have none."""
+        return [name for name in SAMPLER_NAMES if getattr(self, name, False)]
 
     def check(self) -> None:
         """Raise ConfigError for combinations that cannot work and for files that are not there."""
         refuse_lora(self)
-        named = {name for name in SAMPLER_NAMES if getattr(self, name, False)}
+        named = set(self._flagged_samplers())
         if len(named) > 1 or (named and self.sampler not in ("plms", *named)):
             several = ", ".join(sorted(named | {self.sampler} - {"plms"}))
             raise ConfigError(f"give one sampler only, got several: {several}")
