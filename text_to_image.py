@@ -10,10 +10,12 @@ import numpy as np
 
 from ldm import images
 from ldm.command_line import Ending, parse_options, progress_bar, start_logging
-from ldm.config import ConfigError, ModelConfig, read_model_config
+from ldm.config import ConfigError
 from ldm.device import start_device
 from ldm.run.compile_cache import CompileCache
 from ldm.sample_options import SampleOptions
+from ldm.weights.choice import open_model
+from ldm.weights.source import Source
 
 logger = logging.getLogger("text_to_image")
 
@@ -21,11 +23,12 @@ logger = logging.getLogger("text_to_image")
 def main(argv: list[str] | None = None) -> None:
     with Ending("text_to_image.py"):
         options = parse_options(SampleOptions, argv)
-        config = read_model_config(options.config)
+        start_logging(options.log_level)
+        source = open_model(options)
+        config = source.config
         options = replace(options, H=options.H or config.image_size, W=options.W or config.image_size)
         config.check_size(H=options.H, W=options.W)
         prompts = read_prompts(options)
-        start_logging(options.log_level)
         # imports mindspore, which a typing error need not wait for
         start_device(options.device, options.mode)
         facts = {
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         graphs = CompileCache.open(options.caches_graphs, facts | {"config": config})
         output = Path(os.path.abspath(options.output_path))  # a link stays one
         (output / "samples").mkdir(parents=True, exist_ok=True)
-        generate_and_save(options, prompts, load_pipeline(options, config), output, graphs)
+        generate_and_save(options, prompts, load_pipeline(options, source), output, graphs)
 
 
 def read_prompts(options: SampleOptions) -> list[tuple[str, str]]:
@@ -56,14 +59,16 @@ def read_prompts(options: SampleOptions) -> list[tuple[str, str]]:
     return list(zip(prompts, negatives * (len(prompts) // len(negatives))))
 
 
-def load_pipeline(options: SampleOptions, config: ModelConfig) -> Callable[..., np.ndarray]:
+def load_pipeline(options: SampleOptions, source: Source) -> Callable[..., np.ndarray]:
     from ldm.networks.latent_diffusion import build_model
     from ldm.sampling import text_to_image
+    from ldm.sampling.prediction import check_prediction
     from ldm.weights.checkpoint import load_checkpoint
 
-    model = build_model(config)
-    load_checkpoint(model, options.ckpt_path)
-    return text_to_image.TextToImage(model, config)
+    model = build_model(source.config)
+    load_checkpoint(model, source, options.use_ema_weights)
+    check_prediction(model, source)
+    return text_to_image.TextToImage(model, source.config)
 
 
 def generate_and_save(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.command_line import Ending, parse_options, progress_bar
-from ldm.config import ModelConfig, read_model_config
 from ldm.mindone_config import say_what_is_new
 from ldm.options import TrainOptions
 from ldm.run.stopping import StopSignals
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from ldm.run.recipe import Start
     from ldm.training.inputs import Inputs
     from ldm.training.progress import Progress
+    from ldm.weights.source import Source
 
 logger = logging.getLogger("train_dreambooth")
 
@@ -33,7 +33,7 @@ class Plan:
     """What a run does. `options` as used, `origin` as far as known, `model` without values until prepared."""
 
     options: TrainOptions
-    config: ModelConfig
+    source: Source
     start: Start
     instance_images: list[Path]
     progress: Progress
@@ -45,21 +45,22 @@ def main(argv: list[str] | None = None) -> None:
     stop = StopSignals()
     with Ending("train_dreambooth.py", can_be_resumed=True) as ending:
         options = parse_options(TrainOptions, argv)
-        config = read_model_config(options.model_config, image_size=options.image_size)
         from ldm.device import start_device
         from ldm.ranks import check_launch, join
         from ldm.run.folder import RunFolder
+        from ldm.weights.choice import open_model
 
         check_launch(options.use_parallel)
-        options = replace(options, device=start_device(options.device, options.mode))
+        source = open_model(options)
+        options = replace(options.for_model(source.config), device=start_device(options.device, options.mode))
         ranks = join(options.device, options.use_parallel)  # in which msrun's scheduler serves, and exits
         ending.joined(ranks.rank, ranks.size)
         folder = RunFolder.open(options, ranks)
-        if work := plan(options, config, folder, ranks):
+        if work := plan(options, source, folder, ranks):
             train(work, folder, prepare(work, folder, ranks), ranks, stop)
 
 
-def plan(options: TrainOptions, config: ModelConfig, folder: RunFolder, ranks: Ranks) -> Plan | None:
+def plan(options: TrainOptions, source: Source, folder: RunFolder, ranks: Ranks) -> Plan | None:
     """Read and decide; None where nothing is left to do. Loads no weights, generates and encodes nothing."""
     from ldm.networks.latent_diffusion import build_model
     from ldm.run.recipe import origin_of
@@ -67,10 +68,10 @@ def plan(options: TrainOptions, config: ModelConfig, folder: RunFolder, ranks: R
     from ldm.training.samples import load_instance_images
     from ldm.training.trainer import count_values, settle_recompute
 
-    start = folder.find_start()
+    start, config = folder.find_start(), source.config
     images = load_instance_images(Path(options.instance_data_dir))
     progress = Progress.of(options, len(images), ranks.size)
-    origin = origin_of(options, config, images, progress.samples_per_update)
+    origin = origin_of(options, config, source.files, images, progress.samples_per_update)
     start.require_same(origin, options.allow_changed_options)
     start.require_that_it_can_continue(progress.total_updates, folder.path)
     if start.is_done(progress.total_updates) and not start.changes(origin):
@@ -80,28 +81,28 @@ def plan(options: TrainOptions, config: ModelConfig, folder: RunFolder, ranks: R
     values = count_values(model, options.train_text_encoder)
     folder.warn_if_disk_is_too_small(values, progress.checkpoints_to_come(start.global_step), start)
     recompute = settle_recompute(options.recompute, values.trained, config.unet.dropout)
-    options = replace(options, recompute=recompute)
-    return Plan(options, config, start, images, progress, origin, model)
+    return Plan(replace(options, recompute=recompute), source, start, images, progress, origin, model)
 
 
 def prepare(work: Plan, folder: RunFolder, ranks: Ranks) -> Inputs:
     """Load weights, make class images, latents, frozen text features; take the frozen out of the model."""
     from ldm.run.recipe import origin_of_class_images
     from ldm.sampling.class_images import complete_class_images
+    from ldm.sampling.prediction import check_prediction
     from ldm.training.inputs import Inputs, encode_prompts
     from ldm.training.latent_cache import Encoding
     from ldm.training.samples import DreamBoothSamples
     from ldm.weights.checkpoint import load_checkpoint
 
-    options, config, model = work.options, work.config, work.model
+    options, config, model = work.options, work.source.config, work.model
     folder.note_options(options, config)
-    load_checkpoint(model, options.checkpoint)
+    load_checkpoint(model, work.source, options.use_ema_weights)
+    check_prediction(model, work.source)
     show = progress_bar("class images", ranks.is_first)
     class_images = complete_class_images(options, config, model, ranks, show)
     origin = origin_of_class_images(class_images)
     work.start.require_same(origin, options.allow_changed_options)
     work.origin |= origin
-
     samples = DreamBoothSamples.of(options, work.instance_images, class_images)
     moments = Encoding(model.first_stage_model, samples)
     if options.cache_latents:
@@ -117,17 +118,16 @@ def train(work: Plan, folder: RunFolder, inputs: Inputs, ranks: Ranks, stop: Sto
     from ldm.run.recorder import Recorder
     from ldm.training.trainer import build_trainer
 
-    options, progress = work.options, work.progress
-    facts = options.graph_facts() | {"config": work.config, "rank": (ranks.rank, ranks.size)}
+    options, progress, config = work.options, work.progress, work.source.config
+    facts = options.graph_facts() | {"config": config, "rank": (ranks.rank, ranks.size)}
     graphs = CompileCache.open(options.caches_graphs, facts, after=inputs)
-    trainer = build_trainer(work.model, inputs, options, work.config, ranks)
+    trainer = build_trainer(work.model, inputs, options, config, ranks)
     if options.device == "CPU" and ranks.size == 1:
         graphs.restart_if_memory_is_low(trainer.compile, 4 * trainer.trained_values)
     recorder = Recorder(folder, trainer, progress, work.origin)
     recorder.resume(work.start.state)
     if trainer.global_step >= progress.total_updates:
         return logger.info(progress.nothing_to_do())
-
     recorder.begin(len(work.instance_images))
     bar = progress_bar("training", ranks.is_first, "step")(progress.total_updates, trainer.global_step)
     with stop.postponed(), bar:

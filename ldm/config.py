@@ -20,6 +20,8 @@ from ldm.mindone_config import from_mindone, is_mindone
 
 PROGRAM = Path(__file__).resolve().parents[1]
 LARGEST_CONFIGURATION = 2**20  # bytes
+# fields that came with Stable Diffusion 1 and 2.1: a state of before has not got them
+SINCE_VERSIONS = {"num_heads", "use_linear_projection", "upcast_attention", "activation", "padding"}
 logger = logging.getLogger(__name__)
 
 
@@ -34,7 +36,13 @@ def require_file(path: Path, what: str, hint: str) -> None:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of the denoising network. `context_dim` is the text encoder's width."""
+    """Sizes of the denoising network. `context_dim` is the text encoder's width.
+
+    Attention has `num_heads` heads everywhere (Stable Diffusion 1), or heads of `head_channels` channels
+    (Stable Diffusion 2): one of the two. `use_linear_projection`: linear layers around a transformer, not 1x1
+    convolutions. `upcast_attention`: scores are float32 even where compute is float16, in which those of
+    2.1 overflow.
+    """
 
     in_channels: int
     out_channels: int
@@ -42,10 +50,17 @@ class UNetConfig:
     channel_mult: tuple[int, ...]
     num_res_blocks: int
     attention_resolutions: tuple[int, ...]
-    head_channels: int
+    head_channels: int | None
     context_dim: int
     norm_groups: int = 32
     dropout: float = 0.0
+    num_heads: int | None = None
+    use_linear_projection: bool = True
+    upcast_attention: bool = False
+
+    def heads(self, channels: int) -> int:
+        """Of an attention over so many channels."""
+        return self.num_heads or channels // self.head_channels
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,9 @@ class AutoencoderConfig:
 class TextEncoderConfig:
     """Sizes of the text encoder.
 
-    `layers` counts the layers in use: OpenCLIP ViT-H has 24, SD2 stops after 23.
+    `layers` counts the layers in use: OpenCLIP ViT-H has 24, SD2 stops after 23. `activation` is `gelu`
+    (OpenCLIP) or `quick_gelu` (OpenAI's CLIP, Stable Diffusion 1); `padding` of a prompt is `zero` (OpenCLIP)
+    or the `end` mark (Stable Diffusion 1).
     """
 
     vocab_size: int
@@ -77,6 +94,8 @@ class TextEncoderConfig:
     width: int
     heads: int
     layers: int
+    activation: str = "gelu"
+    padding: str = "zero"
 
 
 @dataclass(frozen=True)
@@ -100,10 +119,21 @@ class ModelConfig:
     text_encoder: TextEncoderConfig
     noise_schedule: ScheduleConfig
 
+    def facts(self) -> dict:
+        """All values, but for those that newer versions of this program know and that are as they always
+        were.
+        """
+        values = dataclasses.asdict(self)
+        for part, cls in (("unet", UNetConfig), ("text_encoder", TextEncoderConfig)):
+            for spec in dataclasses.fields(cls):
+                if spec.name in SINCE_VERSIONS and values[part][spec.name] == spec.default:
+                    del values[part][spec.name]
+        return values
+
     @property
     def size_multiple(self) -> int:
         """Height and width of an image must be multiples of this, in pixels."""
-        return self.autoencoder.downsampling * 2 ** (len(self.unet.channel_mult) - 1)
+        return self.autoencoder.downsampling
 
     def check_size(self, **sides: int) -> None:
         for name, pixels in sides.items():
@@ -216,13 +246,51 @@ def _build(cls, given, where: str):
     values = {}
     for name, spec in specs.items():
         if name not in given:
-            if spec.default is dataclasses.MISSING:
+            if spec.default is dataclasses.MISSING and type(None) not in typing.get_args(spec.type):
                 raise ConfigError(f"{where}: {name} is missing")
+            if spec.default is dataclasses.MISSING:
+                values[name] = None
         elif dataclasses.is_dataclass(spec.type):
             values[name] = _build(spec.type, given[name], f"{where}: {name}")
         else:
             values[name] = parse_value(given[name], spec.type, f"{where}: {name}")
     return cls(**values)
+
+
+def check_model_config(config: ModelConfig, source: str) -> ModelConfig:
+    """Raise ConfigError where its values do not go together."""
+    unet, autoencoder, text = config.unet, config.autoencoder, config.text_encoder
+    widths = [unet.model_channels * mult for mult in unet.channel_mult]
+    wrong = [
+        (unet.channel_mult[0] != 1, "unet: channel_mult must begin with 1"),
+        (unet.context_dim != text.width,
+        f"unet: context_dim {unet.context_dim} is not the text encoder's width {text.width}"),
+        (unet.in_channels != autoencoder.latent_channels,
+        "unet: in_channels is not the autoencoder's latent_channels"),
+        ((unet.head_channels is None) == (unet.num_heads is None),
+        "unet: give head_channels or num_heads, one of the two"),
+        (any(w % unet.norm_groups or w % (unet.num_heads or unet.head_channels or w) for w in widths),
+        f"unet: widths {widths} must divide into norm_groups and heads"),
+        (text.activation not in ("gelu", "quick_gelu"),
+        "text_encoder: activation must be gelu or quick_gelu"),
+        (text.padding not in ("zero", "end"), "text_encoder: padding must be zero or end"),
+        (text.width % text.heads != 0,
+        f"text_encoder: width {text.width} does not divide into {text.heads} heads"),
+        (config.noise_schedule.prediction_type not in ("epsilon", "v_prediction"),
+        "noise_schedule: prediction_type must be epsilon or v_prediction"),
+        (config.image_size % config.size_multiple != 0,
+        f"image_size must be a multiple of {config.size_multiple}, got {config.image_size}"),
+        (not 0 <= unet.dropout < 1, f"unet: dropout must be 0 or more and less than 1, got {unet.dropout}"),
+    ]  # fmt: skip
+    for condition, message in wrong:
+        if condition:
+            raise ConfigError(f"{source}: {message}")
+    return config
+
+
+def model_config_from(given: dict, source: str) -> ModelConfig:
+    """A model configuration from nested values, as `dataclasses.asdict` gives them. Raises ConfigError."""
+    return check_model_config(_build(ModelConfig, given, source), source)
 
 
 def read_model_config(path: str | Path, **sides: int) -> ModelConfig:
@@ -240,34 +308,13 @@ def read_model_config(path: str | Path, **sides: int) -> ModelConfig:
             given = from_mindone(given)
         except ValueError as error:
             raise ConfigError(
-                f"{path}: a configuration of mindone for other networks than Stable Diffusion 2 ({error}); "
-                "use configs/train_dreambooth_sd_v2.yaml"
+                f"{path}: a configuration of mindone for other networks than Stable Diffusion 1 and 2 "
+                f"({error}); leave it out, and the one that fits the checkpoint is taken"
             ) from None
         logger.warning(
             "%s: in mindone's layout of 2023; its sizes, precision, dropout and noise schedule are taken",
             path,
         )
-    config = _build(ModelConfig, given, str(path))
-    unet, autoencoder, text = config.unet, config.autoencoder, config.text_encoder
-    widths = [unet.model_channels * mult for mult in unet.channel_mult]
-    wrong = [
-        (unet.channel_mult[0] != 1, "unet: channel_mult must begin with 1"),
-        (unet.context_dim != text.width,
-        f"unet: context_dim {unet.context_dim} is not the text encoder's width {text.width}"),
-        (unet.in_channels != autoencoder.latent_channels,
-        "unet: in_channels is not the autoencoder's latent_channels"),
-        (any(w % unet.norm_groups or w % unet.head_channels for w in widths),
-        f"unet: widths {widths} must divide into norm_groups and head_channels"),
-        (text.width % text.heads != 0,
-        f"text_encoder: width {text.width} does not divide into {text.heads} heads"),
-        (config.noise_schedule.prediction_type not in ("epsilon", "v_prediction"),
-        "noise_schedule: prediction_type must be epsilon or v_prediction"),
-        (config.image_size % config.size_multiple != 0,
-        f"image_size must be a multiple of {config.size_multiple}, got {config.image_size}"),
-        (not 0 <= unet.dropout < 1, f"unet: dropout must be 0 or more and less than 1, got {unet.dropout}"),
-    ]  # fmt: skip
-    for condition, message in wrong:
-        if condition:
-            raise ConfigError(f"{path}: {message}")
+    config = model_config_from(given, str(path))
     config.check_size(**sides)
     return config

@@ -46,15 +46,13 @@ def from_mindone(given: Mapping) -> dict:
         ]
         (unet_target, unet), (vae_target, vae), (text_target, text) = parts
         sizes = vae["ddconfig"]
+        is_v1 = bool(text.get("use_quick_gelu", text.get("width", unet["context_dim"]) == 768))
         prediction = params.get("parameterization", model.get("prediction_type", "eps"))
         wrong = [
             (unet_target.split(".")[-1] != UNET, f"unet_config is a {unet_target}"),
             (vae_target.split(".")[-1] != VAE, f"first_stage_config is a {vae_target}"),
             (text_target.split(".")[-1] not in TEXT, f"cond_stage_config is a {text_target}"),
-            (
-                not unet.get("use_linear_in_transformer") or "num_head_channels" not in unet,
-                "its UNet is that of Stable Diffusion 1",
-            ),
+            (not {"num_head_channels", "num_heads"} & unet.keys(), "its UNet has no number of heads"),
             (unet.get("transformer_depth", 1) != 1, f"transformer_depth is {unet.get('transformer_depth')}"),
             (bool(sizes.get("attn_resolutions")), "its VAE has attention at several resolutions"),
             (prediction not in PREDICTIONS, f"parameterization is {prediction}"),
@@ -67,8 +65,10 @@ def from_mindone(given: Mapping) -> dict:
             "use_fp16": bool(params.get("use_fp16", unet.get("use_fp16", False))),
             "unet": {
                 **{key: unet[key] for key in SAME_IN_UNET},
-                "head_channels": unet["num_head_channels"],
+                "head_channels": unet.get("num_head_channels"),
+                "num_heads": None if "num_head_channels" in unet else unet["num_heads"],
                 "dropout": unet.get("dropout", 0.0),
+                "use_linear_projection": bool(unet.get("use_linear_in_transformer", False)),
             },
             "autoencoder": {
                 "image_channels": sizes["in_channels"],
@@ -82,8 +82,10 @@ def from_mindone(given: Mapping) -> dict:
                 "vocab_size": text.get("vocab_size", 49408),
                 "context_length": text.get("context_length", 77),
                 "width": text.get("width", unet["context_dim"]),
-                "heads": text.get("heads", 16),
-                "layers": text.get("layers", 23),
+                "heads": text.get("heads", 12 if is_v1 else 16),
+                "layers": text.get("layers", 12 if is_v1 else 23),
+                "activation": "quick_gelu" if is_v1 else "gelu",
+                "padding": "end" if is_v1 else "zero",
             },
             "noise_schedule": {
                 "timesteps": params.get("timesteps", 1000),

@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.config import ConfigError, require_file
+from ldm.config import ConfigError, ModelConfig
+from ldm.versions import VERSIONS, official_file, version_from_environment
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 SAMPLER_NAMES = ("plms", "ddim", "dpm_solver", "dpm_solver_pp", "uni_pc")
 DEVICES = ("auto", "Ascend", "CPU")
+SAVE_FORMATS = ("mindspore", "safetensors", "stability", "diffusers")
+SAVE_DTYPES = ("float32", "float16", "bfloat16")
+VERSION_HELP = "Stable Diffusion version: the YAML and the published file in models/ [by the file, 2.0]"
 
 
 def option(  # noqa: PLR0913 (a field says a lot)
@@ -82,7 +86,9 @@ class TrainOptions:
     train_data_repeats: int = value_option(
         40, "data", "how often each instance image is used per epoch", least=1
     )
-    image_size: int = option(512, "data", "side of the training images, in pixels", least=8)
+    image_size: int | None = option(
+        None, "data", "side of the training images, in pixels [the model's: 512, or 768]", least=8
+    )
     random_crop: bool = option(False, "data", "crop at random instead of at the centre")
     random_flip: bool | None = value_option(
         None,
@@ -94,14 +100,22 @@ class TrainOptions:
         "configs/train_dreambooth_sd_v2.json", "model", "JSON or YAML with any of these options"
     )
     model_config: str = run_option(
-        "configs/train_dreambooth_sd_v2.yaml", "model", "YAML of the networks and the noise schedule"
+        "auto", "model", "YAML of the networks and the noise schedule; auto: the one that fits the checkpoint"
     )
-    version: str = run_option("2.0", "model", "Stable Diffusion version", aliases=("-v",), choices=("2.0",))
+    version: str | None = run_option(
+        None, "model", VERSION_HELP, aliases=("-v",), choices=tuple(VERSIONS), metavar="VERSION"
+    )
     pretrained_model_path: str = run_option(
-        "models/", "model", "folder of the base checkpoint, or the file itself"
+        "models/", "model", "folder of the base checkpoint; or a file or a diffusers folder that is it"
     )
-    pretrained_model_file: str = run_option(
-        "sd_v2_base-57526ee4.ckpt", "model", "its name in that folder, .ckpt or .safetensors", metavar="NAME"
+    pretrained_model_file: str | None = run_option(
+        None, "model", "its name in that folder [the version's published file]", metavar="NAME"
+    )
+    variant: str | None = run_option(
+        None, "model", "of the files in a diffusers folder: fp16, bf16, non_ema [the plain ones]"
+    )
+    use_ema_weights: bool = run_option(
+        False, "model", "begin with the averaged weights that lie in the checkpoint beside the others"
     )
     output_path: str = run_option(
         "output", "model", "folder for checkpoints, log and effective configuration"
@@ -173,6 +187,14 @@ class TrainOptions:
 
     ckpt_save_interval: int = run_option(1, "run", "epochs between checkpoints", least=1)
     keep_weights: int = run_option(10, "run", "how many checkpoints to keep, the newest ones", least=1)
+    save_weights_every: int | None = run_option(
+        None, "run", "also write weights to generate with every N updates, and when stopped [no]", least=1
+    )
+    save_format: str = run_option(
+        "mindspore", "run", "of the checkpoints; stability: a file, diffusers: a folder, for other programs",
+        choices=SAVE_FORMATS,
+    )  # fmt: skip
+    save_dtype: str = run_option("float32", "run", "of the numbers in them", choices=SAVE_DTYPES)
     save_state_minutes: float | None = run_option(
         15.0, "run",
         "save a resumable state at a checkpoint when the last one is this many minutes old; 0: at every one, "
@@ -221,8 +243,15 @@ class TrainOptions:
     lora_fp16: bool = option(True, "run", "")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "version", self.version or version_from_environment())
         if self.random_flip is None:
             object.__setattr__(self, "random_flip", self.random_crop)
+
+    def for_model(self, config: ModelConfig) -> "TrainOptions":
+        """With what was left to the model filled in. Raises ConfigError for images that it cannot make."""
+        size = self.image_size or config.image_size
+        config.check_size(image_size=size)
+        return dataclasses.replace(self, image_size=size)
 
     def check(self) -> None:
         """Raise ConfigError for combinations that cannot work and for files that are not there."""
@@ -243,7 +272,8 @@ class TrainOptions:
         self._check_folders()
         if self.end_learning_rate is not None and not self.decay_steps:
             raise ConfigError("end_learning_rate is set but decay_steps is 0: give --decay_steps too")
-        require_file(self.checkpoint, "pretrained checkpoint", "see models/README.md for where to get it")
+        check_version(self.version)
+        require_weights(self.checkpoint, "see models/README.md for where to get it")
 
     def _check_folders(self) -> None:
         if not Path(self.instance_data_dir).is_dir():
@@ -296,7 +326,20 @@ class TrainOptions:
         `pretrained_model_path` names the file itself in commands from September 2023 on.
         """
         path = Path(self.pretrained_model_path)
-        return path if path.is_file() else path / self.pretrained_model_file
+        is_it = path.is_file() or (path / "model_index.json").is_file() or (path / "unet").is_dir()
+        if is_it and not self.pretrained_model_file:
+            return path
+        return path if path.is_file() else path / (self.pretrained_model_file or official_file(self.version))
+
+
+def require_weights(path: Path, hint: str) -> None:
+    if not path.exists():
+        raise ConfigError(f"checkpoint {path}: no such file or folder; {hint}")
+
+
+def check_version(version: str | None) -> None:
+    if version not in (None, *VERSIONS):
+        raise ConfigError(f"SD_VERSION must be one of {', '.join(VERSIONS)}, got {version!r}")
 
 
 def refuse_lora(options) -> None:

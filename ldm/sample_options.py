@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import ClassVar
 
 from ldm.config import ConfigError, require_file
-from ldm.options import DEVICES, LOG_LEVELS, SAMPLER_NAMES, option, refuse_lora
+from ldm.options import (
+    DEVICES,
+    LOG_LEVELS,
+    SAMPLER_NAMES,
+    VERSION_HELP,
+    check_version,
+    option,
+    refuse_lora,
+    require_weights,
+)
+from ldm.versions import VERSIONS, official_file, version_from_environment
 
 
 @dataclass(frozen=True)
@@ -30,10 +40,23 @@ class SampleOptions:
     )
 
     config: str = option(
-        "configs/train_dreambooth_sd_v2.yaml", "model", "YAML of the networks and the noise schedule"
+        "auto",
+        "model",
+        "YAML of the networks and the noise schedule; auto: the one that fits the checkpoint",
+        aliases=("--model_config",),
     )
-    ckpt_path: str = option("models/sd_v2_base-57526ee4.ckpt", "model", "checkpoint, .ckpt or .safetensors")
-    version: str = option("2.0", "model", "Stable Diffusion version", aliases=("-v",), choices=("2.0",))
+    ckpt_path: str | None = option(
+        None, "model", "weights: a file of any format, or a diffusers folder [models/, the version's file]"
+    )
+    version: str | None = option(
+        None, "model", VERSION_HELP, aliases=("-v",), choices=tuple(VERSIONS), metavar="VERSION"
+    )
+    variant: str | None = option(
+        None, "model", "of the files in a diffusers folder: fp16, bf16, non_ema [the plain ones]"
+    )
+    use_ema_weights: bool = option(
+        False, "model", "the averaged weights that lie in the checkpoint beside the others"
+    )
 
     sampler: str = option("plms", "sampling", "how to sample", choices=SAMPLER_NAMES)
     plms: bool = option(False, "sampling", "the same as --sampler plms")
@@ -72,6 +95,17 @@ class SampleOptions:
     lora_rank: int = option(4, "run", "", least=1)
     lora_ckpt_path: str | None = option(None, "run", "")
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", self.version or version_from_environment())
+
+    @property
+    def model_config(self) -> str:
+        return self.config
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(self.ckpt_path or f"models/{official_file(self.version)}")
+
     @property
     def caches_graphs(self) -> bool:
         return self.compile_cache and self.mode == 0
@@ -101,4 +135,5 @@ class SampleOptions:
         for name in ("data_path", "negative_data_path"):
             if getattr(self, name):
                 require_file(Path(getattr(self, name)), name, "it has one prompt per line")
-        require_file(Path(self.ckpt_path), "checkpoint", "give --ckpt_path (see models/README.md)")
+        check_version(self.version)
+        require_weights(self.checkpoint, "give --ckpt_path (see models/README.md)")

@@ -1,7 +1,8 @@
 """The byte-pair tokenizer of CLIP (Radford et al. 2021, section 2.4): a prompt becomes 77 token ids.
 
-Follows the conventions of OpenCLIP, which trained Stable Diffusion 2's text encoder: lower case, ids padded
-with 0. The vocabulary file is OpenAI's (MIT, see THIRD_PARTY_NOTICES.md). Knows no network.
+Lower case; ids are padded with 0, as OpenCLIP does, which trained Stable Diffusion 2's text encoder, or with
+the end mark, as Stable Diffusion 1 does. The vocabulary file is OpenAI's (MIT, see THIRD_PARTY_NOTICES.md).
+Knows no network.
 """
 
 import gzip
@@ -43,9 +44,11 @@ class Tokenizer:
 
     Args:
         context_length: ids a prompt, start and end marks included (77 in every CLIP).
+        padding: what follows the end mark, "zero" (OpenCLIP, Stable Diffusion 2) or the "end" mark again
+            (Stable Diffusion 1).
     """
 
-    def __init__(self, context_length: int = 77) -> None:
+    def __init__(self, context_length: int = 77, padding: str = "zero") -> None:
         if context_length < 2:
             raise ValueError(
                 f"context_length {context_length}: needs room for the start and end marks, 2 at the least"
@@ -66,6 +69,7 @@ class Tokenizer:
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self._word_ids = lru_cache(maxsize=100_000)(self._merge)
         self.start_id, self.end_id = self._ids[START], self._ids[END]
+        self.padding_id = self.end_id if padding == "end" else 0
 
     def _merge(self, word: str) -> tuple[int, ...]:
         """The ids of one word (of byte symbols): the pair of lowest rank is joined, everywhere, until none is
@@ -85,6 +89,15 @@ class Tokenizer:
                 index += 2 if match else 1
             parts = joined
         return tuple(self._ids[part] for part in parts)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Symbol to id, the marks as transformers spells them."""
+        marks = {START: "<|startoftext|>", END: "<|endoftext|>"}
+        return {marks.get(name, name): index for name, index in self._ids.items()}
+
+    def merges(self) -> list[str]:
+        """The pairs that are joined, the first ones first."""
+        return [" ".join(pair) for pair in self._ranks]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text of any length, without marks or padding."""
@@ -106,7 +119,7 @@ class Tokenizer:
 
         A prompt that does not fit is cut; a warning quotes what was lost.
         """
-        token_ids = np.zeros((len(prompts), self.context_length), np.int32)
+        token_ids = np.full((len(prompts), self.context_length), self.padding_id, np.int32)
         room = self.context_length - 2
         for row, prompt in zip(token_ids, prompts):
             ids = self.encode(prompt)

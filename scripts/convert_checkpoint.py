@@ -1,69 +1,121 @@
-"""Convert between a diffusers folder and a checkpoint with the official names (.ckpt or .safetensors).
+"""Convert a model of Stable Diffusion 1.4 to 2.1 from any format into any other.
 
-    python scripts/convert_checkpoint.py DIFFUSERS_FOLDER CHECKPOINT --config MODEL.yaml
-    python scripts/convert_checkpoint.py CHECKPOINT DIFFUSERS_FOLDER --config MODEL.yaml
+    python scripts/convert_checkpoint.py SOURCE TARGET [--to mindspore|safetensors|stability|diffusers]
 
-Which way follows from the source: a folder or a file. Nothing that exists is overwritten.
+SOURCE is a file (MindSpore's .ckpt, safetensors, a Stability or CompVis .ckpt) or a folder of diffusers. What
+TARGET becomes follows from its name: NAME.ckpt is MindSpore's format, NAME.safetensors one file with the
+names that AUTOMATIC1111, ComfyUI and diffusers' from_single_file read (--to safetensors: with MindSpore's
+names), NAME a folder of diffusers. Nothing that exists is overwritten.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.command_line import Ending
-from ldm.config import read_model_config
+from ldm.command_line import Ending, progress_bar, start_logging
+from ldm.config import ModelConfig
+from ldm.options import SAVE_DTYPES, SAVE_FORMATS
+from ldm.versions import VERSIONS
+from ldm.weights.arrays import Arrays, cast
+from ldm.weights.choice import choose_config
+from ldm.weights.source import open_weights
 
 
-def convert(source: Path, target: Path, config_file: Path, half: bool) -> None:
+class Checked(Arrays):
+    """Arrays that are cast, found finite, and counted as they are read."""
+
+    def __init__(self, arrays: Arrays, dtype, read: Callable[[], None]) -> None:
+        self._arrays, self._dtype, self._read = arrays, dtype, read
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._arrays.shape(name)
+
+    def dtype(self, name: str):
+        return self._dtype
+
+    def __getitem__(self, name: str):
+        from ldm.weights.checkpoint import is_finite
+
+        values = self._arrays[name]
+        result = cast(values, self._dtype)
+        if not is_finite(result):
+            reason = f"values too large for {self._dtype}" if is_finite(values) else "NaN or Inf"
+            raise ValueError(f"{name} has {reason}")
+        self._read()
+        return result
+
+    def __iter__(self):
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
+def convert(options: argparse.Namespace) -> None:
     from ldm.device import require_versions
 
     require_versions()
-    import numpy as np
-
     from ldm.networks.latent_diffusion import build_model
-    from ldm.weights import checkpoint
-    from ldm.weights.diffusers_folder import read_diffusers_folder, write_diffusers_folder
-    from ldm.weights.diffusers_names import from_diffusers
+    from ldm.weights.checkpoint import require_match, say_what_is_left_out
+    from ldm.weights.layouts import fit
+
+    format_to_write(options.target, options.to)
+    source = open_weights(options.source, options.variant, options.use_ema_weights)
+    config, known_by = choose_config(source, str(options.config), options.version)
+    print(f"{source.path}: {known_by}")
+    shapes = {parameter.name: tuple(parameter.shape) for parameter in build_model(config).get_parameters()}
+    arrays = fit(source.arrays, shapes, config, options.use_ema_weights and source.configs is None)
+    require_match(shapes, arrays, source.arrays, str(source.path))
+    say_what_is_left_out(arrays, str(source.path))
+    write(arrays, config, options.target, options.to, options.dtype)
+
+
+def format_to_write(target: Path, to: str | None) -> str:
+    """What a target becomes, which is not there yet. Raises ValueError or FileExistsError."""
+    from ldm.weights.writing import format_of
 
     if target.exists():
         raise FileExistsError(f"{target}: exists already; give another name or remove it")
-    config = read_model_config(config_file)
-    model = build_model(config)
-    if source.is_dir():
-        shapes = {parameter.name: tuple(parameter.shape) for parameter in model.get_parameters()}
-        weights = from_diffusers(read_diffusers_folder(source), shapes, config)
-    else:
-        weights = checkpoint.read_checkpoint(source)
-    checkpoint.load_weights(model, weights, str(source))  # strict
-    dtype = np.float16 if half else np.float32
-    weights = {
-        name: value.asnumpy().astype(dtype, copy=False)
-        for name, value in checkpoint.weights_of(model).items()
-    }
-    if source.is_dir():
-        checkpoint.save_weights(weights, target, record=True)
-    else:
-        write_diffusers_folder(target, weights, config)
-    print(f"{target}: {len(weights)} parameters")
+    return to or {"safetensors": "stability"}.get(kind := format_of(target), kind)
+
+
+def write(arrays: Arrays, config: ModelConfig, target: Path, to: str | None, dtype: str) -> None:
+    """Write a whole model, with a progress bar, and read it back."""
+    from ldm.weights.writing import DTYPES, save_weights
+
+    to = format_to_write(target, to)
+    with progress_bar("writing, reading back", unit="array")(2 * len(arrays)) as bar:
+        checked = Checked(arrays, DTYPES[dtype], bar.update)
+        save_weights(checked, target, True, to=to, config=config, compare=True, replace=False)
+    print(f"{target}: {len(arrays)} parameters, {to}, {dtype}")
+
+
+def add_writing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", type=Path, help="what to write")
+    parser.add_argument("--to", choices=SAVE_FORMATS, help="format and names of the target [by its name]")
+    parser.add_argument(
+        "--dtype", choices=SAVE_DTYPES, default="float32", help="of the numbers [%(default)s]"
+    )
+    parser.add_argument("--config", default="auto", help="model configuration [the one that fits]")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="diffusers folder or checkpoint file")
-    parser.add_argument("target", type=Path, help="what to write")
+    parser.add_argument("source", type=Path, help="a weight file or a folder of diffusers")
+    add_writing_options(parser)
+    parser.add_argument("--variant", help="of the files in a folder: fp16, bf16, non_ema [the plain ones]")
     parser.add_argument(
-        "--config",
-        type=Path,
-        default=Path("configs/train_dreambooth_sd_v2.yaml"),
-        help="model configuration [%(default)s]",
+        "-v", "--version", choices=tuple(VERSIONS), help="Stable Diffusion version [by the file]"
     )
-    parser.add_argument("--half", action="store_true", help="store float16 instead of float32")
+    parser.add_argument("--use_ema_weights", action="store_true", help="take the averages in the source")
     options = parser.parse_args(argv)
+    start_logging("INFO")
     with Ending("convert_checkpoint.py"):
-        convert(options.source, options.target, options.config, options.half)
+        convert(options)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ export GLOG_v="${GLOG_v:-3}"
 export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-6000}"
 export ASCEND_GLOBAL_LOG_LEVEL="${ASCEND_GLOBAL_LOG_LEVEL:-3}"
 export ASCEND_SLOG_PRINT_TO_STDOUT="${ASCEND_SLOG_PRINT_TO_STDOUT:-0}"
-export SD_VERSION="${SD_VERSION:-2.0}"
+# export SD_VERSION=2.1-v chooses the checkpoint in models/ and its configuration; without it 2.0-base is taken
 export RANK_SIZE="${RANK_SIZE:-1}"
 export DEVICE_ID="${DEVICE_ID:-0}"
 
@@ -22,9 +22,7 @@ instance_prompt="${instance_prompt:-a photo of sks dog}"
 class_data_dir="${class_data_dir:-temp_class_images/dog}"
 class_prompt="${class_prompt:-a photo of a dog}"
 pretrained_model_path="${pretrained_model_path:-models/}"
-pretrained_model_file="${pretrained_model_file:-sd_v2_base-57526ee4.ckpt}"
 train_config_file="${train_config_file:-configs/train_dreambooth_sd_v2.json}"
-image_size="${image_size:-512}"
 train_batch_size="${train_batch_size:-1}"
 
 start=()
@@ -39,8 +37,8 @@ exec ${start[@]+"${start[@]}"} "${PYTHON:-python}" train_dreambooth.py \
   --train_config="$train_config_file" \
   --output_path="$output_path/$task_name" \
   --pretrained_model_path="$pretrained_model_path" \
-  --pretrained_model_file="$pretrained_model_file" \
-  --image_size="$image_size" \
+  ${pretrained_model_file:+--pretrained_model_file="$pretrained_model_file"} \
+  ${image_size:+--image_size="$image_size"} \
   --train_batch_size="$train_batch_size" \
   --epochs="${epochs:-8}" \
   --start_learning_rate="${start_learning_rate:-2e-6}" \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Lint and tests in .venv (made where there is none). Arguments go to pytest: bash scripts/test.sh -k tokenizer
+# Two processes with a thread each: compiling, most of the time, takes one thread only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh requirements.txt requirements-test.txt
@@ -8,4 +9,5 @@ source scripts/environment.sh requirements.txt requirements-test.txt
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps open_clip_torch==3.3.0
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -1,8 +1,10 @@
 """Small models with random weights, and the same weights in PyTorch's networks as the reference."""
 
 import dataclasses
+import gzip
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,9 +29,11 @@ from ldm.config import (  # noqa: E402
 )
 from ldm.networks.latent_diffusion import build_model  # noqa: E402
 from ldm.sampling.text_to_image import TextToImage  # noqa: E402
-from ldm.weights.checkpoint import save_weights, weights_of  # noqa: E402
-from ldm.weights.diffusers_folder import diffusers_configs  # noqa: E402
-from ldm.weights.diffusers_names import to_diffusers  # noqa: E402
+from ldm.weights.arrays import ArraysInMemory  # noqa: E402
+from ldm.weights.checkpoint import weights_of  # noqa: E402
+from ldm.weights.diffusers_folder import as_diffusers, diffusers_configs  # noqa: E402
+from ldm.weights.source import open_weights  # noqa: E402
+from ldm.weights.writing import save_weights  # noqa: E402
 
 ms.set_context(mode=ms.GRAPH_MODE)
 torch.set_num_threads(2)
@@ -50,6 +54,14 @@ DEEP = ModelConfig(
     autoencoder=AutoencoderConfig(3, 4, 24, (1, 2, 2), 2, 0.18215, norm_groups=8),
     text_encoder=TextEncoderConfig(49408, 77, 40, 2, 3),
     noise_schedule=ScheduleConfig(1000, 0.00085, 0.012, "v_prediction"),
+)
+# Stable Diffusion 1 made small: heads by number, 1x1 convolutions around transformers, OpenAI's CLIP.
+V1 = dataclasses.replace(
+    SHALLOW,
+    unet=dataclasses.replace(
+        SHALLOW.unet, head_channels=None, num_heads=2, use_linear_projection=False, upcast_attention=True
+    ),
+    text_encoder=dataclasses.replace(SHALLOW.text_encoder, activation="quick_gelu", padding="end"),
 )
 
 
@@ -76,7 +88,7 @@ def weights_as_arrays(model) -> dict[str, np.ndarray]:
 
 def torch_networks(weights: dict[str, np.ndarray], config: ModelConfig):
     """diffusers' UNet and VAE and transformers' text encoder with the given weights (official names)."""
-    configs, parts = diffusers_configs(config), to_diffusers(weights, config)
+    configs, parts = diffusers_configs(config), as_diffusers(ArraysInMemory(weights), config)
     networks = (
         UNet2DConditionModel.from_config(configs["unet"]),
         AutoencoderKL.from_config(configs["vae"]),
@@ -91,6 +103,18 @@ def torch_networks(weights: dict[str, np.ndarray], config: ModelConfig):
         network.load_state_dict(given, strict=True)
         network.eval()
     return networks
+
+
+def official_table(version: str) -> dict[str, tuple[tuple[int, ...], list[str]]]:
+    """Of Stable Diffusion `v1` or `v2_base`: official name to shape, and the names in Stability's file."""
+    table = gzip.decompress((ROOT / f"tests/data/sd_{version}_parameters.tsv.gz").read_bytes()).decode()
+    rows = [line.split("\t") for line in table.splitlines()[1:]]
+    return {name: (tuple(map(int, shape.split(","))), names.split(",")) for name, shape, names in rows}
+
+
+def read_checkpoint(path: str | Path) -> Mapping[str, np.ndarray]:
+    """Name to array, under the names in the file."""
+    return open_weights(Path(path)).arrays
 
 
 def relative_error(ours, reference) -> float:
@@ -111,6 +135,15 @@ def write_pictures(folder: Path, count: int, seed: int = 0, size: tuple[int, int
         paths.append(folder / f"picture_{number}.png")
         small.resize(size, Image.BICUBIC).save(paths[-1])
     return paths
+
+
+# Files that take minutes, the longest first: two processes then end at about the same time.
+LONG = ("test_demo", "test_ranks", "test_trainer", "test_networks", "test_stopping", "test_states")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -138,7 +171,7 @@ def pipeline() -> TextToImage:
     return TextToImage(random_model(SHALLOW), SHALLOW)
 
 
-@pytest.fixture(params=[SHALLOW, DEEP], ids=["shallow", "deep"])
+@pytest.fixture(params=[SHALLOW, DEEP, V1], ids=["shallow", "deep", "v1"])
 def config(request) -> ModelConfig:
     return request.param
 

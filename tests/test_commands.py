@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 from commands import run, train
-from conftest import ROOT, SHALLOW, random_model, weights_as_arrays
+from conftest import ROOT, SHALLOW, random_model, read_checkpoint, weights_as_arrays
 from PIL import Image
 
-from ldm.weights.checkpoint import read_checkpoint, save_weights
+from ldm.weights.writing import save_weights
 
 
 @pytest.fixture(scope="module")

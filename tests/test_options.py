@@ -15,14 +15,14 @@ from ldm.sample_options import SampleOptions
 
 REFERENCE_DEFAULTS = dict(
     mode=0, use_parallel=False, train_config="configs/train_dreambooth_sd_v2.json", output_path="output",
-    model_config="configs/train_dreambooth_sd_v2.yaml", pretrained_model_path="models/",
-    pretrained_model_file="sd_v2_base-57526ee4.ckpt", with_prior_preservation=True, prior_loss_weight=1.0,
+    model_config="auto", pretrained_model_path="models/", pretrained_model_file=None,
+    with_prior_preservation=True, prior_loss_weight=1.0,
     num_class_images=200, train_data_repeats=40, sampling_steps=50, sample_batch_size=4, guidance_scale=9.0,
-    random_crop=False, image_size=512, train_text_encoder=True, train_batch_size=2, epochs=8,
+    random_crop=False, image_size=None, train_text_encoder=True, train_batch_size=2, epochs=8,
     start_learning_rate=5e-6,
     warmup_steps=0, decay_steps=0, end_learning_rate=None, optim="adamw", betas=(0.9, 0.999),
     weight_decay=1e-2,
-    gradient_accumulation_steps=1, version="2.0", class_sampler="ddim", keep_weights=10, clip_grad=False,
+    gradient_accumulation_steps=1, version=None, class_sampler="ddim", keep_weights=10, clip_grad=False,
     max_grad_norm=1.0, init_loss_scale=512, loss_scale_factor=2,
     scale_window=200, use_ema=False, use_lora=False, lora_rank=4, lora_fp16=True, ckpt_save_interval=1,
     callback_size=1,
@@ -112,7 +112,7 @@ MISTAKES = {
     "--use_lora=True": "not available yet",
     "--instance_prompt=": "--instance_prompt is missing",
     "--instance_data_dir=/nowhere": "no such folder",
-    "--pretrained_model_file=other.ckpt": "no such file; see models/README.md",
+    "--pretrained_model_file=other.ckpt": "no such file or folder; see models/README.md",
     "--end_learning_rate=1e-7": "give --decay_steps too",
     "--train_config=/nowhere.json": "no such file",
 }
@@ -167,7 +167,8 @@ def test_no_class_folder_is_needed_without_prior_preservation(files, capsys):
 @pytest.mark.parametrize("flags, wanted", [
     (["--ddim", "--uni_pc"], "give one sampler only"), (["--ddim", "--sampler=uni_pc"],
     "give one sampler only"), (["--plms", "--ddim"], "give one sampler only"),
-    (["--ddim_eta=1"], "ddim sampler only"), (["-v", "2.1"], "must be one of 2.0, got '2.1'\n"),
+    (["--ddim_eta=1"], "ddim sampler only"),
+    (["-v", "2.2"], "one of 1.4, 1.5, 2.0, 2.0-v, 2.1, 2.1-v, got '2.2'\n"),
     (["--skip_grid", "--skip_save"], "nothing to write"),
     (["--n_samples=0"], "1 or more"), (["--use_lora"], "not available yet"), (["--lora_rank=8"],
     "not available yet"), (["stray"], "unknown argument stray"),
@@ -189,7 +190,7 @@ def test_shipped_configurations_are_readable():
 @pytest.mark.parametrize("old, new, wanted", [
     ("model_channels: 320", "model_chanels: 320", "did you mean model_channels"), ("context_dim: 1024",
     "context_dim: 768", "text encoder's width"),
-    ("heads: 16", "heads: 7", "7 heads"), ("image_size: 512", "image_size: 500", "multiple of 64"),
+    ("heads: 16", "heads: 7", "7 heads"), ("image_size: 512", "image_size: 500", "multiple of 8"),
     ("epsilon", "noise", "epsilon or v_prediction"),
     ("  layers: 23\n", "", "layers is missing"), ("[1, 2, 4, 4]", "[2, 4, 4]", "begin with 1"),
     ("beta_end: 0.012", "beta_end: high", "must be a number"),
@@ -220,7 +221,7 @@ def test_every_option_is_read_somewhere():
     }
     for cls in (TrainOptions, SampleOptions):
         # read while parsing
-        unused = {field.name for field in dataclasses.fields(cls)} - used - {"train_config", "version"}
+        unused = {field.name for field in dataclasses.fields(cls)} - used - {"train_config"}
         assert not unused
 
 
@@ -238,7 +239,7 @@ def test_what_depends_on_an_option_is_said_by_its_field():
     """All others change a training's result: a new one is compared at resume unless said otherwise."""
     free = {spec.name for spec in dataclasses.fields(TrainOptions) if not spec.metadata["changes_result"]}
     files = {"instance_data_dir", "class_data_dir", "train_config", "model_config", "output_path"}
-    files |= {"pretrained_model_path", "pretrained_model_file"}
+    files |= {"pretrained_model_path", "pretrained_model_file", "variant", "use_ema_weights", "train_config"}
     batches = {
         "train_batch_size",
         "gradient_accumulation_steps",
@@ -251,6 +252,9 @@ def test_what_depends_on_an_option_is_said_by_its_field():
         "keep_weights",
         "save_state_minutes",
         "save_every",
+        "save_weights_every",
+        "save_format",
+        "save_dtype",
         "keep_states",
         "epochs",
     }

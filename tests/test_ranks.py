@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from bench_ranks import mpirun
 from commands import environment, run, train_arguments, updates_done, wait_for
-from conftest import ROOT
+from conftest import ROOT, read_checkpoint
 from kill_and_resume import processes_of
 
 from ldm.ranks import Ranks, check_launch
-from ldm.weights.checkpoint import read_checkpoint
 
 BIN = os.path.dirname(sys.executable)
 STEPS = (

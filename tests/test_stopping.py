@@ -10,8 +10,7 @@ import subprocess
 
 import numpy as np
 from commands import run, start, train, train_arguments, updates_done, wait_for
-
-from ldm.weights.checkpoint import read_checkpoint
+from conftest import read_checkpoint
 
 LONG = (
     "--epochs=1000",

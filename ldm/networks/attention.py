@@ -6,19 +6,20 @@ Attribute names are the checkpoint's parameter names.
 
 from mindspore import nn, ops
 
+from ldm.config import UNetConfig
 from ldm.networks.layer_set import LayerSet
 
 
 class CrossAttention(nn.Cell):
     """Attention from x (B, N, C) to context (B, M, context_dim); to x itself where the context is x."""
 
-    def __init__(self, channels: int, context_dim: int, heads: int, dropout: float, layers: LayerSet) -> None:
+    def __init__(self, channels: int, context_dim: int, config: UNetConfig, layers: LayerSet) -> None:
         super().__init__()
         self.to_q = layers.Dense(channels, channels, has_bias=False)
         self.to_k = layers.Dense(context_dim, channels, has_bias=False)
         self.to_v = layers.Dense(context_dim, channels, has_bias=False)
-        self.attention = layers.Attention(heads)
-        self.to_out = nn.SequentialCell(layers.Dense(channels, channels), nn.Dropout(p=dropout))
+        self.attention = layers.Attention(config.heads(channels), upcast=config.upcast_attention)
+        self.to_out = nn.SequentialCell(layers.Dense(channels, channels), nn.Dropout(p=config.dropout))
 
     def construct(self, x, context):
         return self.to_out(self.attention(self.to_q(x), self.to_k(context), self.to_v(context)))
@@ -94,11 +95,11 @@ class NormAndFeedForward(nn.Cell):
 class BasicTransformerBlock(nn.Cell):
     """Self-attention, cross-attention and feed-forward, each with its norm and around a residual."""
 
-    def __init__(self, channels: int, context_dim: int, heads: int, dropout: float, layers: LayerSet) -> None:
+    def __init__(self, channels: int, config: UNetConfig, layers: LayerSet) -> None:
         super().__init__()
-        self.attn1 = CrossAttention(channels, channels, heads, dropout, layers)
-        self.ff = FeedForward(channels, dropout, layers)
-        self.attn2 = CrossAttention(channels, context_dim, heads, dropout, layers)
+        self.attn1 = CrossAttention(channels, channels, config, layers)
+        self.ff = FeedForward(channels, config.dropout, layers)
+        self.attn2 = CrossAttention(channels, config.context_dim, config, layers)
         self.norm1 = layers.LayerNorm(channels)
         self.norm2 = layers.LayerNorm(channels)
         self.norm3 = layers.LayerNorm(channels)
@@ -122,22 +123,18 @@ class BasicTransformerBlock(nn.Cell):
 
 
 class SpatialTransformer(nn.Cell):
-    """A transformer block over the pixels of a (B, C, H, W) map, with linear projections around it, as SD2
-    has them.
+    """A transformer block over the pixels of a (B, C, H, W) map, with projections around it: linear ones in
+    SD2, 1x1 convolutions in SD1, which compute the same.
     """
 
-    def __init__(
-        self, channels: int, context_dim: int, heads: int, groups: int, dropout: float, layers: LayerSet
-    ) -> None:
+    def __init__(self, channels: int, config: UNetConfig, layers: LayerSet) -> None:
         super().__init__()
-        self.norm = layers.GroupNorm(groups, channels, epsilon=1e-6)
-        self.proj_in = layers.PlacesToTokens(channels, channels)
-        self.transformer_blocks = nn.CellList(
-            [BasicTransformerBlock(channels, context_dim, heads, dropout, layers)]
-        )
-        self.proj_out = layers.TokensToPlaces(channels, channels)
+        self.norm = layers.GroupNorm(config.norm_groups, channels, epsilon=1e-6)
+        self.proj_in = layers.PlacesToTokens(channels, config.use_linear_projection)
+        self.transformer_blocks = nn.CellList([BasicTransformerBlock(channels, config, layers)])
+        self.proj_out = layers.TokensToPlaces(channels, config.use_linear_projection)
 
-    def construct(self, x, emb, context):
+    def construct(self, x, emb, context, size):
         h = self.proj_in(self.norm(x))  # (B, H*W, C)
         for block in self.transformer_blocks:
             h = block(h, context)

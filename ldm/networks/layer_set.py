@@ -33,7 +33,7 @@ class LayerSet:
             module.GroupNormSiLU,
             module.LayerNorm,
         )
-        self.GELU, self.GatedGELU = module.GELU, module.GatedGELU
+        self.GELU, self.QuickGELU, self.GatedGELU = module.GELU, module.QuickGELU, module.GatedGELU
         self.AddPerChannel, self.Attention = module.AddPerChannel, module.Attention
 
 

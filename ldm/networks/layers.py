@@ -49,26 +49,30 @@ class Dense(nn.Cell):
 
 
 class PlacesToTokens(Dense):
-    """A Dense layer over the channels of (B, C, H, W), with the answer as tokens (B, H*W, out)."""
+    """A Dense layer over the channels of (B, C, H, W), with the answer as tokens (B, H*W, out).
 
-    def __init__(self, in_channels: int, out_channels: int, dtype=ms.float32) -> None:
-        super().__init__(in_channels, out_channels, dtype=dtype)
+    Its weight has the shape of a 1x1 convolution's, (out, in, 1, 1), where the checkpoint has it so.
+    """
+
+    def __init__(self, channels: int, is_linear: bool = True, dtype=ms.float32) -> None:
+        super().__init__(channels, channels, dtype=dtype)
+        if not is_linear:
+            self.weight = weight(channels, channels, 1, 1)
 
     def construct(self, x):
         batch, channels, height, width = x.shape
-        return self.apply(
-            x.reshape(batch, channels, height * width).transpose(0, 2, 1), self.weight, self.bias
-        )
+        x = x.reshape(batch, channels, height * width).transpose(0, 2, 1)
+        return self.apply(x, self.matrix(), self.bias)
+
+    def matrix(self):
+        return self.weight.reshape(self.out_channels, self.in_channels)
 
 
-class TokensToPlaces(Dense):
+class TokensToPlaces(PlacesToTokens):
     """A Dense layer on tokens (B, H*W, in), with the answer as places (B, out, H, W)."""
 
-    def __init__(self, in_channels: int, out_channels: int, dtype=ms.float32) -> None:
-        super().__init__(in_channels, out_channels, dtype=dtype)
-
     def construct(self, x, height, width):
-        y = self.apply(x, self.weight, self.bias)
+        y = self.apply(x, self.matrix(), self.bias)
         return y.transpose(0, 2, 1).reshape(x.shape[0], self.out_channels, height, width)
 
 
@@ -154,6 +158,13 @@ class GELU(nn.Cell):
         return self.kernel(x)[0]
 
 
+class QuickGELU(nn.Cell):
+    """x times the logistic function at 1.702 x, as in OpenAI's CLIP (Hendrycks & Gimpel 2016, section 2)."""
+
+    def construct(self, x):
+        return x * ops.sigmoid(1.702 * x)
+
+
 class GatedGELU(nn.Cell):
     """(rows, 2 n) to (rows, n): the first half times the GELU of the second (GEGLU, Shazeer 2020)."""
 
@@ -200,12 +211,12 @@ class Attention(nn.Cell):
     """Multi-head attention on q (B, N, heads * d), k and v (B, M, heads * d): softmax(q k^T / sqrt(d)) v.
 
     Vaswani et al. 2017, eq. 1. With `causal`, N and M are `length` and position i sees positions 0 to i only.
-    Fused where the device can; never run so far.
+    Fused where the device can; never run so far. With `upcast`, q and k are multiplied in float32.
     """
 
-    def __init__(self, heads: int, causal: bool = False, length: int = 0) -> None:
+    def __init__(self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.upcast = heads, upcast
         self.can_fuse = not causal and not is_on_cpu() and has_flash_attention(ms.hal.get_device_name(0))
         self.split_heads, self.merge_heads = SplitHeads(heads), MergeHeads(heads)
         self.softmax_attention = SoftmaxAttention(causal, length)
@@ -214,9 +225,11 @@ class Attention(nn.Cell):
         head_channels = q.shape[2] // self.heads
         # what the kernel takes
         takes = q.dtype == ms.float16 and head_channels % 16 == 0 and head_channels <= 512
-        if self.can_fuse and takes:
+        if self.can_fuse and takes:  # which has its scores in float32
             scale = head_channels**-0.5
             return ops.flash_attention_score(q, k, v, self.heads, scalar_value=scale, input_layout="BSH")
+        if self.upcast:
+            q, k = q.astype(ms.float32), k.astype(ms.float32)
         q, k, v = self.split_heads(q * head_channels**-0.5), self.split_heads(k), self.split_heads(v)
         return self.merge_heads(self.softmax_attention(q, k, v))
 

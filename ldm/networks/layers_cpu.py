@@ -10,9 +10,9 @@ from mindspore import ops
 from ldm.networks import kernels, layers
 from ldm.networks.convolution import MatmulConv, UpsampledConv, is_small, pad_zeros
 from ldm.networks.kernels import AddPerChannel
-from ldm.networks.layers import GELU, GatedGELU
+from ldm.networks.layers import GELU, GatedGELU, QuickGELU
 
-__all__ = ["GELU", "AddPerChannel", "GatedGELU"]  # as they are
+__all__ = ["GELU", "AddPerChannel", "GatedGELU", "QuickGELU"]  # as they are
 
 
 class Dense(layers.Dense):
@@ -23,19 +23,20 @@ class Dense(layers.Dense):
         self.bias_add = kernels.AddBias()
 
 
-class PlacesToTokens(Dense):
+class PlacesToTokens(layers.PlacesToTokens):
     """The product reads its operands transposed; a Transpose would never free 8 bytes per element."""
 
     # A batched product needs a copy of the weight for each sample, so a large weight is multiplied sample by
     # sample.
-    def __init__(self, in_channels: int, out_channels: int, dtype=ms.float32) -> None:
-        super().__init__(in_channels, out_channels, dtype=dtype)
+    def __init__(self, channels: int, is_linear: bool = True, dtype=ms.float32) -> None:
+        super().__init__(channels, is_linear, dtype)
+        self.bias_add = kernels.AddBias()
         self.product = ops.MatMul(transpose_a=True, transpose_b=True)
         self.batched = ops.BatchMatMul(transpose_a=True, transpose_b=True)
 
     def construct(self, x):
         batch, channels, height, width = x.shape
-        x, weight = x.astype(self.dtype), self.weight.astype(self.dtype)
+        x, weight = x.astype(self.dtype), self.matrix().astype(self.dtype)
         if is_small(self.weight):
             weights = ops.broadcast_to(weight, (batch,) + weight.shape)
             y = self.batched(x.reshape(batch, channels, height * width), weights).reshape(
@@ -50,17 +51,16 @@ class PlacesToTokens(Dense):
         return y.reshape(batch, height * width, self.out_channels)
 
 
-class TokensToPlaces(Dense):
+class TokensToPlaces(layers.TokensToPlaces):
     """The product writes its answer transposed."""
 
-    def __init__(self, in_channels: int, out_channels: int, dtype=ms.float32) -> None:
-        super().__init__(in_channels, out_channels, dtype=dtype)
+    def __init__(self, channels: int, is_linear: bool = True, dtype=ms.float32) -> None:
+        super().__init__(channels, is_linear, dtype)
         self.batched = ops.BatchMatMul(transpose_b=True)
-        self.bias_add = ops.BiasAdd()
 
     def construct(self, x, height, width):
         batch, length, channels = x.shape
-        x, weight = x.astype(self.dtype), self.weight.astype(self.dtype)
+        x, weight = x.astype(self.dtype), self.matrix().astype(self.dtype)
         if is_small(self.weight):
             y = self.batched(ops.broadcast_to(weight, (batch,) + weight.shape), x)
         else:
@@ -146,6 +146,6 @@ class LayerNorm(layers.LayerNorm):
 class Attention(layers.Attention):
     """Heads are split and merged by copies instead of transpositions."""
 
-    def __init__(self, heads: int, causal: bool = False, length: int = 0) -> None:
-        super().__init__(heads, causal, length)
+    def __init__(self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False) -> None:
+        super().__init__(heads, causal, length, upcast)
         self.split_heads, self.merge_heads = kernels.SplitHeads(heads), kernels.MergeHeads(heads)

@@ -1,5 +1,5 @@
-"""The text encoder of Stable Diffusion 2: OpenCLIP's ViT-H/14 text tower (Radford et al. 2021; Ilharco et al.
-2021).
+"""The text encoder: the text tower of OpenCLIP's ViT-H/14 in Stable Diffusion 2, of OpenAI's ViT-L/14 in 1.x
+(Radford et al. 2021; Ilharco et al. 2021).
 
 SD2 uses 23 of its 24 layers and applies the final norm to the output of the 23rd. Attribute names are the
 checkpoint's.
@@ -47,7 +47,7 @@ class ResidualAttentionBlock(nn.Cell):
         self.c_fc = layers.Dense(config.width, 4 * config.width)
         self.c_proj = layers.Dense(4 * config.width, config.width)
         self.ln_2 = layers.LayerNorm(config.width)
-        self.gelu = layers.GELU()
+        self.gelu = layers.QuickGELU() if config.activation == "quick_gelu" else layers.GELU()
 
     def construct(self, x):
         x = x + self.attn(self.ln_1(x))

@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion 2 (Rombach et al. 2022; Dhariwal & Nichol 2021).
+"""The denoising UNet of Stable Diffusion (Rombach et al. 2022; Dhariwal & Nichol 2021).
 
 Attribute names are the checkpoint's parameter names: `in_layers_norm`, `in_layers_conv.conv` and `op.conv`
 are the MindSpore port's spelling of Stability's `in_layers.0`, `in_layers.2` and `op`.
@@ -17,7 +17,9 @@ from ldm.networks.layer_set import LayerSet
 
 
 class Conv(nn.Cell):
-    """A convolution under the name `conv`. The layers of a block are all called with (h, emb, context)."""
+    """A convolution under the name `conv`. The layers of a block are all called with (h, emb, context, size),
+    of which `size` is the one that an up-sampling ends with.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, layers: LayerSet, kernel: int = 3, stride: int = 1
@@ -25,7 +27,7 @@ class Conv(nn.Cell):
         super().__init__()
         self.conv = layers.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2)
 
-    def construct(self, h, emb=None, context=None):
+    def construct(self, h, emb=None, context=None, size=None):
         return self.conv(h)
 
 
@@ -34,7 +36,7 @@ class Downsample(nn.Cell):
         super().__init__()
         self.op = Conv(channels, channels, layers, stride=2)
 
-    def construct(self, h, emb, context):
+    def construct(self, h, emb, context, size):
         return self.op(h)
 
 
@@ -43,8 +45,11 @@ class Upsample(nn.Cell):
         super().__init__()
         self.conv = Conv(channels, channels, layers)
 
-    def construct(self, h, emb, context):
-        return self.conv(upsample_nearest(h))
+    def construct(self, h, emb, context, size):
+        h = upsample_nearest(h)
+        if h.shape[2] != size[0] or h.shape[3] != size[1]:  # odd before it was down-sampled
+            h = h[:, :, : size[0], : size[1]]
+        return self.conv(h)
 
 
 class ResBlock(nn.Cell):
@@ -72,7 +77,7 @@ class ResBlock(nn.Cell):
         else:
             self.skip_connection = Conv(in_channels, out_channels, layers, kernel=1)
 
-    def construct(self, h, emb, context):
+    def construct(self, h, emb, context, size):
         x = h
         h = self.in_layers_conv(self.in_layers_norm(h))
         h = self.add_per_channel(h, self.emb_layers(emb))
@@ -111,10 +116,7 @@ class UNetModel(nn.Cell):
             )
 
         def transformer(channels):
-            heads = channels // config.head_channels
-            return SpatialTransformer(
-                channels, config.context_dim, heads, config.norm_groups, config.dropout, layers
-            )
+            return SpatialTransformer(channels, config, layers)
 
         levels = list(enumerate(width * mult for mult in config.channel_mult))
         input_blocks = [nn.CellList([Conv(config.in_channels, width, layers)])]
@@ -160,13 +162,14 @@ class UNetModel(nn.Cell):
         skips = ()
         for block in self.input_blocks:
             for layer in block:
-                h = layer(h, emb, context)
+                h = layer(h, emb, context, None)
             skips = skips + (h,)
         for layer in self.middle_block:
-            h = layer(h, emb, context)
+            h = layer(h, emb, context, None)
         for block in self.output_blocks:
             h = ops.cat((h, skips[-1]), 1)
             skips = skips[:-1]
+            size = skips[-1].shape[2:] if len(skips) > 0 else None
             for layer in block:
-                h = layer(h, emb, context)
+                h = layer(h, emb, context, size)
         return self.out(h).astype(ms.float32)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,31 +10,40 @@ from typing import Protocol
 
 from mindspore import nn
 
+from ldm.config import ModelConfig
 from ldm.memory import release_memory
 from ldm.options import TrainOptions
-from ldm.weights.checkpoint import move_to_disk, recorded_digests, save_weights, weights_of, write_digests
-from ldm.weights.mindspore_ckpt import read_ckpt
+from ldm.weights.checkpoint import move_to_disk, weights_of
+from ldm.weights.digests import recorded_digests, write_digests
+from ldm.weights.source import read_file
+from ldm.weights.writing import DTYPES, SUFFIXES, save_weights
 
-NAME = re.compile(r"dreambooth_epoch_(\d+)(_ema)?\.ckpt")
+NAME = re.compile(r"(dreambooth_(epoch|step)_(\d+)(?:_ema)?(?:\.ckpt|\.safetensors)?)(?:/.+)?")
 logger = logging.getLogger(__name__)
 
 
 class Model(Protocol):
     """What checkpoints are made of: ldm.networks.latent_diffusion.LatentDiffusion."""
 
+    config: ModelConfig
+
     def parameter_names(self) -> list[str]: ...
     def take_out_frozen(self, train_text_encoder: bool) -> list[nn.Cell]: ...
 
 
 class Checkpoints:
-    """The checkpoints in a run's folder.
+    """The checkpoints in a run's folder: `dreambooth_epoch_8.ckpt`, `dreambooth_step_400.ckpt`, which below
+    have the names `epoch_8` and `step_400`.
 
     Args:
-        keep: of how many epochs, the newest ones.
+        keep: of how many epochs, the newest ones; and of as many steps.
+        to: their format, a key of ldm.weights.writing.SUFFIXES.
+        dtype: of the numbers in them, a key of ldm.weights.writing.DTYPES.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, to: str = "mindspore", dtype: str = "float32") -> None:
+        self.folder, self.keep, self.format, self.dtype = folder, keep, to, dtype
+        self.config: ModelConfig | None = None
         self.names: list[str] = []  # of all parameters of a model, in the order of a file
         self.frozen = {}  # parameters that are not trained
         self._are_on_disk = False
@@ -45,63 +55,70 @@ class Checkpoints:
         the folder.
         """
         self.names, self._are_on_disk = model.parameter_names(), options.cache_latents
+        self.config = model.config
         for network in model.take_out_frozen(options.train_text_encoder):
             self.frozen |= move_to_disk(network, self.folder) if self._are_on_disk else weights_of(network)
         release_memory()
 
-    def paths(self, epoch: int, has_averages: bool) -> list[Path]:
-        """Of an epoch: the weights, and with EMA the averaged ones."""
+    def paths(self, name: str, has_averages: bool) -> list[Path]:
+        """The weights, and with EMA the averaged ones."""
         endings = ("", "_ema") if has_averages else ("",)
-        return [self.folder / f"dreambooth_epoch_{epoch}{ending}.ckpt" for ending in endings]
+        suffix = SUFFIXES[self.format]
+        return [self.folder / f"dreambooth_{name}{ending}{suffix}" for ending in endings]
 
-    def save(self, epoch: int, weights: Mapping, averages: Mapping | None) -> list[Path]:
+    def save(self, name: str, weights: Mapping, averages: Mapping | None) -> list[Path]:
         """Write the whole model's weights, and with EMA the averaged ones beside them; then remove what is
         not kept.
         """
-        paths = self.paths(epoch, averages is not None)
+        paths = self.paths(name, averages is not None)
         for path, changed in zip(paths, ({}, averages)):
             # one array of the frozen networks at a time; the last map gives the order
-            save_weights(
-                ChainMap(changed, weights, self.frozen, dict.fromkeys(self.names)), path, record=True
-            )
+            whole = ChainMap(changed, weights, self.frozen, dict.fromkeys(self.names))
+            if path.is_dir() and self._is_own(path):  # of a course that was abandoned
+                shutil.rmtree(path)
+            save_weights(whole, path, True, to=self.format, dtype=DTYPES[self.dtype], config=self.config)
             logger.info("saved %s", path)
-        if self._are_on_disk:
+        if self._are_on_disk and self.format == "mindspore" and self.dtype == "float32":
             # which has them now: the nameless file goes, and this one stays open
-            self.frozen = read_ckpt(paths[0])
-        for path in remove_old_checkpoints(self.folder, epoch, self.keep):
+            self.frozen = read_file(paths[0])
+        for path in remove_old_checkpoints(self.folder, name, self.keep):
             logger.info("removed %s (--keep_weights)", path)
         return paths
 
-    def save_if_missing(self, epoch: int, saved_at: int, weights: Mapping, averages: Mapping | None) -> None:
+    def _is_own(self, path: Path) -> bool:
+        return any(name.split("/")[0] == path.name for name in recorded_digests(self.folder))
+
+    def save_if_missing(self, name: str, saved_at: int, weights: Mapping, averages: Mapping | None) -> None:
         """Write what a run that was killed after its state, saved at that time, has left out."""
-        paths = self.paths(epoch, averages is not None)
+        paths = self.paths(name, averages is not None)
         if not all(path.exists() and path.stat().st_mtime_ns >= saved_at for path in paths):
-            self.save(epoch, weights, averages)
+            self.save(name, weights, averages)
 
 
-def own_checkpoints(folder: Path) -> dict[int, list[Path]]:
-    """Epoch to its checkpoints in a folder, of those that the run has recorded: others are not its own."""
-    epochs: dict[int, list[Path]] = {}
+def own_checkpoints(folder: Path, kind: str = "epoch") -> dict[int, list[Path]]:
+    """Epoch or step to its checkpoints in a folder, of those that the run has recorded: others are not its
+    own.
+    """
+    found: dict[int, list[Path]] = {}
     for name in recorded_digests(folder):
-        if match := NAME.fullmatch(name):
-            epochs.setdefault(int(match[1]), []).append(folder / name)
-    return epochs
+        match = NAME.fullmatch(name)
+        if match and match[2] == kind and folder / match[1] not in found.setdefault(int(match[3]), []):
+            found[int(match[3])].append(folder / match[1])
+    return found
 
 
-def remove_old_checkpoints(folder: Path, epoch: int, keep: int) -> list[Path]:
-    """Remove the run's own checkpoints of epochs up to `epoch`, but for the `keep` newest.
+def remove_old_checkpoints(folder: Path, name: str, keep: int) -> list[Path]:
+    """Remove the run's own checkpoints up to the epoch or step of that name, but for the `keep` newest.
 
     Returns which those were.
     """
-    epochs = own_checkpoints(folder)
-    old = [
-        path
-        for number in sorted(number for number in epochs if number <= epoch)[:-keep]
-        for path in epochs[number]
-    ]
+    kind, number = name.split("_")
+    there = own_checkpoints(folder, kind)
+    old = [path for n in sorted(n for n in there if n <= int(number))[:-keep] for path in there[n]]
     for path in old:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if old:
-        left = {name: digest for name, digest in recorded_digests(folder).items() if folder / name not in old}
+        recorded = recorded_digests(folder).items()
+        left = {name: digest for name, digest in recorded if folder / Path(name).parts[0] not in old}
         write_digests(folder, left)
     return old

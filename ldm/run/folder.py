@@ -32,7 +32,9 @@ class RunFolder:
         self.path, self.options, self.ranks = Path(options.output_path), options, ranks
         self.latents = cache_folder() / "latents"
         self.states = States(self.path / "states", options.keep_states, options.save_state_minutes)
-        self.checkpoints = Checkpoints(self.path, options.keep_weights)
+        self.checkpoints = Checkpoints(
+            self.path, options.keep_weights, options.save_format, options.save_dtype
+        )
         self._lock = None
 
     @classmethod
@@ -124,10 +126,11 @@ class RunFolder:
 def sizes_of(options: TrainOptions, values: int, trained_values: int) -> tuple[int, int, int]:
     """Bytes of the checkpoints of an epoch, of a saved state, and of the frozen networks that are set aside.
 
-    All is float32: the weights, with EMA twice; the trained ones, their moments and averages.
+    The weights, with EMA twice, in --save_dtype; the trained ones, their moments and averages in float32.
     """
     frozen = (values - trained_values) * options.cache_latents
-    return 4 * values * (1 + options.use_ema), 4 * trained_values * (3 + options.use_ema), 4 * frozen
+    size = 4 if options.save_dtype == "float32" else 2
+    return size * values * (1 + options.use_ema), 4 * trained_values * (3 + options.use_ema), 4 * frozen
 
 
 def space_needed(
@@ -140,7 +143,8 @@ def space_needed(
     """The most bytes that a run takes beyond what is there, if it is not stopped, with a state before every
     checkpoint.
 
-    Each file is written whole before an older one goes. A stop within the last epoch takes a state more.
+    Each file is written whole before an older one goes. A stop within the last epoch takes a state more;
+    weights saved every N updates (--save_weights_every) take as many checkpoints more as are kept.
 
     Args:
         sizes: of `sizes_of`; the frozen networks take space of their own while no checkpoint holds them yet.
@@ -157,6 +161,7 @@ def space_needed(
             states = min(states + 1, options.keep_states)
         most = max(most, (checkpoints + 1) * checkpoint + states * state + frozen)
         checkpoints, frozen = min(checkpoints + 1, options.keep_weights), 0
+    most += checkpoint * (options.keep_weights + 1) * bool(options.save_weights_every)
     return most - checkpoints_there * checkpoint - states_there * state if to_come else 0
 
 

@@ -6,7 +6,6 @@ has ended. States come minutes apart: killed before the first one, a run can onl
 was, for its checkpoints are written again.
 """
 
-import dataclasses
 import json
 import logging
 from dataclasses import dataclass
@@ -94,7 +93,8 @@ def results(output: Path) -> list[Path]:
     """What a run has left in its output folder and another must not overwrite."""
     return sorted(
         path.relative_to(output)
-        for path in [*output.glob("dreambooth_epoch_*"), *output.glob("states/step_*")]
+        for kind in ("dreambooth_epoch_*", "dreambooth_step_*", "states/step_*")
+        for path in output.glob(kind)
     )
 
 
@@ -156,19 +156,24 @@ def write_record(output: Path, origin: dict, ended: int | None = None) -> None:
 
 
 def origin_of(
-    options: TrainOptions, config: ModelConfig, instance_paths: list[Path], samples_per_update: int
-) -> dict:
+    options: TrainOptions, config: ModelConfig, base: list[Path], instance_paths: list[Path],
+    samples_per_update: int,
+) -> dict:  # fmt: skip
     """What a training's result follows from, to be compared when it is resumed; without the class images, see
     below.
 
+    Args:
+        base: the files of the base model.
+
     The names are those in the files of saved states.
     """
+    averaged = " averaged" if options.use_ema_weights else ""
     return {
         **options.training_facts(),
         "instance pictures an update": samples_per_update,
         "instance pictures": fingerprint(instance_paths),
-        "base model": fingerprint([options.checkpoint]),
-        "model configuration": json.loads(json.dumps(dataclasses.asdict(config))),
+        "base model": fingerprint(base) + averaged,
+        "model configuration": json.loads(json.dumps(config.facts())),
     }
 
 

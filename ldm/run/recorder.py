@@ -54,9 +54,11 @@ class Recorder:
         trainer.restore(state.arrays(), state.progress, str(state.path))
         total = self.progress.total_updates
         logger.info("resumed from %s: %d of %d updates done", state.path, trainer.global_step, total)
-        epoch = self.progress.epoch_to_save(trainer.global_step)
-        if epoch and self.ranks.is_first:
-            self.checkpoints.save_if_missing(epoch, state.saved_at(), trainer.weights(), trainer.averages())
+        if self.ranks.is_first:
+            for name in self._due(trainer.global_step):
+                self.checkpoints.save_if_missing(
+                    name, state.saved_at(), trainer.weights(), trainer.averages()
+                )
         self.ranks.wait()
 
     def begin(self, instance_images: int) -> None:
@@ -82,9 +84,9 @@ class Recorder:
             ValueError, FloatingPointError: the weights are not equal in all processes, or not finite; they
                 are not saved.
         """
-        epoch, every = self.progress.epoch_to_save(update), self.options.save_every
+        due, every = self._due(update, stops), self.options.save_every
         keeps_state = stops or bool(every and update % every == 0)
-        if not keeps_state and not epoch:
+        if not keeps_state and not due:
             return
         self.trainer.require_equal_weights()
         self.trainer.require_finite_weights()
@@ -92,8 +94,14 @@ class Recorder:
             return
         if keeps_state or self.folder.states.is_due(run_ends=update == self.progress.total_updates):
             self.save_state()
-        if epoch:
-            self.checkpoints.save(epoch, self.trainer.weights(), self.trainer.averages())
+        for name in due:
+            self.checkpoints.save(name, self.trainer.weights(), self.trainer.averages())
+
+    def _due(self, update: int, stops: bool = False) -> list[str]:
+        """The names of the checkpoints that belong to an update, or to a stop after it."""
+        epoch, every = self.progress.epoch_to_save(update), self.options.save_weights_every
+        is_step = bool(every) and (stops or update % every == 0)
+        return [f"epoch_{epoch}"] * bool(epoch) + [f"step_{update}"] * is_step
 
     def save_state(self) -> None:
         if self.ranks.is_first:
@@ -109,6 +117,9 @@ class Recorder:
     def end(self) -> None:
         """Note that the run is complete, and say how to use what it has made."""
         self.folder.note_run(self.origin, ended=self.progress.total_updates)
-        path = self.checkpoints.paths(self.options.epochs, self.trainer.averages() is not None)[-1]
-        command = "python text_to_image.py --config %s --ckpt_path %s --prompt ..."
-        logger.info("done; generate images with: " + command, self.options.model_config, path)
+        path = self.checkpoints.paths(f"epoch_{self.options.epochs}", self.trainer.averages() is not None)[-1]
+        given = self.options.model_config
+        config = "" if given == "auto" else f"--config {given} "
+        logger.info(
+            "done; generate images with: python text_to_image.py %s--ckpt_path %s --prompt ...", config, path
+        )

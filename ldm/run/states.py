@@ -19,7 +19,8 @@ import mindspore as ms
 import numpy as np
 
 from ldm.files import folder_appears_whole, sha256_of, write_text
-from ldm.weights.checkpoint import read_checkpoint, save_weights
+from ldm.weights.source import open_weights
+from ldm.weights.writing import save_weights
 
 FORMAT = 2
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class State:
 
         The file is open as long as this object is there.
         """
-        return read_checkpoint(self.path / "state.ckpt")
+        return open_weights(self.path / "state.ckpt").arrays
 
     def saved_at(self) -> int:
         """When it was written, in ns of the file system's clock."""

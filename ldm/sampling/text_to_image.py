@@ -55,7 +55,7 @@ class TextToImage:
     def __init__(self, model: LatentDiffusion, config: ModelConfig) -> None:
         self.config = config
         self.schedule = NoiseSchedule(config.noise_schedule)
-        self.tokenizer = Tokenizer(config.text_encoder.context_length)
+        self.tokenizer = Tokenizer(config.text_encoder.context_length, config.text_encoder.padding)
         self.unet, self.text_encoder = model.unet, model.cond_stage_model
         self.guided, self.decoder = Guided(model.unet), Decode(model.first_stage_model)
 

@@ -21,7 +21,7 @@ def encode_prompts(options: TrainOptions, config: ModelConfig, text_encoder: Tex
     Returns:
         Token ids (P, 77) int32 where the text encoder is trained, else its features (P, 77, width) float32.
     """
-    token_ids = Tokenizer(config.text_encoder.context_length)(options.prompts)
+    token_ids = Tokenizer(config.text_encoder.context_length, config.text_encoder.padding)(options.prompts)
     if options.train_text_encoder:
         return token_ids
     return text_encoder(Tensor(token_ids)).asnumpy().astype(np.float32)

@@ -6,8 +6,6 @@ NumPy only.
 import re
 from collections.abc import Mapping
 
-import numpy as np
-
 from ldm.config import ModelConfig
 
 FOLDERS = ("unet", "vae", "text_encoder")
@@ -40,7 +38,7 @@ TEXT_PARTS = {
 }  # fmt: skip
 
 
-def _replace(name: str, parts: Mapping[str, str]) -> str:
+def replace_parts(name: str, parts: Mapping[str, str]) -> str:
     """Dotted sub-sequences of a name, replaced."""
     for old, new in parts.items():
         name = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", new, name)
@@ -62,80 +60,41 @@ def _unet_name(name: str, config: ModelConfig) -> str:
         if rest.startswith("conv.conv."):
             return f"{where}.upsamplers.0.{rest[5:]}"
         if layer == 0:
-            return f"{where}.resnets.{place}.{_replace(rest, RESNET)}"
+            return f"{where}.resnets.{place}.{replace_parts(rest, RESNET)}"
         return f"{where}.attentions.{place}.{rest}"
     if head == "middle_block":
         layer, _, rest = tail.partition(".")
         where = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}[layer]
-        return f"mid_block.{where}.{_replace(rest, RESNET) if layer != '1' else rest}"
+        return f"mid_block.{where}.{replace_parts(rest, RESNET) if layer != '1' else rest}"
     outer = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
-    return _replace(name, outer | {"out.0": "conv_norm_out", "out.2.conv": "conv_out"})
+    return replace_parts(name, outer | {"out.0": "conv_norm_out", "out.2.conv": "conv_out"})
 
 
 def _vae_name(name: str, config: ModelConfig) -> str:
     last = len(config.autoencoder.channel_mult) - 1
     name = re.sub(r"\.down\.(\d+)\.", r".down_blocks.\1.", name)
     name = re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{last - int(m[1])}.", name)
-    return _replace(re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", name), VAE_PARTS)
+    return replace_parts(re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", name), VAE_PARTS)
 
 
 def diffusers_names(name: str, config: ModelConfig) -> tuple[str, list[str]]:
     """(folder, names there) of an official parameter; a joined q, k, v projection has three."""
-    spelled = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+    spelled = spelled_norms(name)
     if spelled.startswith(UNET):
         return "unet", [_unet_name(spelled.removeprefix(UNET), config)]
     if spelled.startswith(VAE):
         return "vae", [_vae_name(spelled.removeprefix(VAE), config)]
-    text = "text_model." + _replace(spelled.removeprefix(TEXT), TEXT_PARTS)
+    return "text_encoder", text_names(spelled, "text_model.")
+
+
+def spelled_norms(name: str) -> str:
+    """A norm's `gamma` and `beta` as `weight` and `bias`, as all others call them."""
+    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+
+
+def text_names(spelled: str, prefix: str) -> list[str]:
+    """In the names of transformers' CLIPTextModel."""
+    text = prefix + replace_parts(spelled.removeprefix(TEXT), TEXT_PARTS)
     if "attn.attn.in_proj" in text:
-        return "text_encoder", [text.replace("attn.attn.in_proj", f"self_attn.{part}_proj") for part in "qkv"]
-    return "text_encoder", [text]
-
-
-def to_diffusers(weights: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, dict[str, np.ndarray]]:
-    """Folder to parameters, from official names. The VAE's attention projections become matrices."""
-    result: dict[str, dict[str, np.ndarray]] = {folder: {} for folder in FOLDERS}
-    for name, value in weights.items():
-        folder, names = diffusers_names(name, config)
-        if folder == "vae" and ".mid.attn_1." in name and value.ndim == 4:
-            value = value[:, :, 0, 0]
-        for part, array in zip(names, np.split(value, len(names))):
-            result[folder][part] = array
-    return result
-
-
-def from_diffusers(
-    folders: Mapping[str, Mapping[str, np.ndarray]], shapes: Mapping[str, tuple], config: ModelConfig
-) -> dict:
-    """Official names to arrays, for the names and shapes of the model.
-
-    Raises ValueError for missing or unused names.
-    """
-    text = folders["text_encoder"]
-    # transformers 5 drops it
-    prefix = "" if any(name.startswith("text_model.") for name in text) else "text_model."
-    left = {folder: dict(given) for folder, given in folders.items()} | {
-        "text_encoder": {prefix + name: value for name, value in text.items()}
-    }
-    left["text_encoder"].pop("text_model.embeddings.position_ids", None)  # a buffer, not a weight
-    left["vae"] = {
-        _replace(name, VAE_PARTS_OF_2022) if ".attentions." in name else name: value
-        for name, value in left["vae"].items()
-    }
-    weights, missing = {}, []
-    for name, shape in shapes.items():
-        folder, names = diffusers_names(name, config)
-        parts = [left[folder].pop(part, None) for part in names]
-        if any(part is None for part in parts):
-            missing.append(f"{folder}: {names[0]}")
-            continue
-        value = np.concatenate(parts)
-        weights[name] = value.reshape(shape) if value.size == np.prod(shape) else value
-    extra = [f"{folder}: {name}" for folder, names in left.items() for name in names]
-    if missing or extra:
-        raise ValueError(
-            f"the diffusers folder does not match the model configuration: {len(missing)} parameters missing "
-            f"{missing[:3]}, "
-            f"{len(extra)} not of this model {extra[:3]}"
-        )
-    return weights
+        return [text.replace("attn.attn.in_proj", f"self_attn.{part}_proj") for part in "qkv"]
+    return [text]

@@ -17,12 +17,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ldm.weights.arrays import ArraysInFile, Entry, make_entry
+from ldm.weights.arrays import BFLOAT16, ArraysInFile, Entry, make_entry
 
 CKPT_DTYPES = {  # MindSpore's name, in lower case NumPy's
     name: np.dtype(name.lower())
     for name in "Float32 Float16 Float64 Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Bool".split()
-}
+} | {"BFloat16": BFLOAT16}
+TEXT = "str"  # what ms.save_checkpoint(append_dict=...) makes of a text: never a weight
 VARINT, BYTES = 0, 2  # protobuf's wire types
 ENCRYPTED = bytes.fromhex("d85e3a7f")  # the first bytes of what ms.save_checkpoint(enc_key=...) writes
 CRC = b"crc_num"
@@ -62,6 +63,7 @@ def _ckpt_entries(file: BinaryIO) -> dict[str, Entry]:
     return {
         name: make_entry(name, CKPT_DTYPES, *description, pieces)
         for name, (description, pieces) in found.items()
+        if description[0] != TEXT
     }
 
 

@@ -3,18 +3,18 @@ arrays.
 """
 
 import json
-from collections.abc import Mapping
+import math
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from ldm.weights.arrays import ArraysInFile, make_entry
+from ldm.weights.arrays import BFLOAT16, Arrays, ArraysInFile, cast, make_entry
 
 DTYPES = {
     "F32": np.float32, "F16": np.float16, "F64": np.float64, "I8": np.int8, "I16": np.int16, "I32": np.int32,
-    "I64": np.int64,
+    "BF16": BFLOAT16, "I64": np.int64,
     "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "BOOL": np.bool_,
 }  # fmt: skip
 NUMPY_DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
@@ -46,6 +46,8 @@ def read_safetensors(path: Path) -> ArraysInFile:
     header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():
+        if info["dtype"].startswith(("F8_", "F6_", "F4")):
+            raise ValueError(f"{name!r}: numbers of the kind {info['dtype']} (float8 or less) are not read")
         first, last = info["data_offsets"]
         entries[name] = make_entry(
             name, NUMPY_DTYPES, info["dtype"], tuple(info["shape"]), [(start + first, last - first)]
@@ -54,7 +56,30 @@ def read_safetensors(path: Path) -> ArraysInFile:
 
 
 def write_safetensors(
-    weights: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str] | None = None
+    file: BinaryIO, weights: Arrays, dtype: np.dtype | None = None, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write arrays to a file. `path` may be one that is open already."""
-    save_file({name: np.asarray(value, order="C") for name, value in weights.items()}, path, metadata)
+    """Write arrays one after the other, all cast to `dtype` where one is given.
+
+    Raises ValueError for a dtype that cannot be stored.
+    """
+    names = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
+    header: dict = {"__metadata__": metadata} if metadata else {}
+    start = 0
+    # the large kinds first, as the library has them: every array lies at a multiple of its kind's size
+    order = sorted(weights, key=lambda name: -(dtype or weights.dtype(name)).itemsize)
+    for name in order:
+        kind = dtype or weights.dtype(name)
+        if kind not in names:
+            raise ValueError(f"{name!r}: an array of dtype {kind} cannot be stored")
+        end = start + math.prod(weights.shape(name)) * kind.itemsize
+        header[name] = {
+            "dtype": names[kind],
+            "shape": list(weights.shape(name)),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        file.write(np.ascontiguousarray(cast(weights[name], dtype)).reshape(-1).view(np.uint8))

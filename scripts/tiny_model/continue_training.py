@@ -33,7 +33,8 @@ from ldm.tokenizer import Tokenizer
 from ldm.training.loss import DreamBoothLoss
 from ldm.training.optim import AdamW
 from ldm.training.train_step import TrainStep, Update
-from ldm.weights.checkpoint import load_weights, read_checkpoint, save_weights, weights_of
+from ldm.weights.checkpoint import load_checkpoint, weights_of
+from ldm.weights.writing import save_weights
 
 HELD_OUT = 512  # the first pictures, as in train.py
 CHECKED = 256
@@ -63,7 +64,7 @@ def train(options: argparse.Namespace) -> None:
     start_device("auto", 0)
     config = read_model_config(ROOT / "configs/train_dreambooth_tiny.yaml")
     model = build_model(config)
-    load_weights(model, read_checkpoint(options.start), str(options.start))
+    load_checkpoint(model, options.start)
     samples = Samples(options.work, config.autoencoder.scale_factor)
     unet, text_encoder = model.unet.set_train(True), model.cond_stage_model.set_train(True)
     loss = DreamBoothLoss(unet, text_encoder, NoiseSchedule(config.noise_schedule), None)

@@ -89,10 +89,10 @@ class Drawer:
         return np.concatenate(drawn)
 
     def _load(self, checkpoint: Path) -> None:
-        from ldm.weights.checkpoint import load_weights, read_checkpoint
+        from ldm.weights.checkpoint import load_checkpoint
 
         if checkpoint != self.loaded:
-            load_weights(self.model, read_checkpoint(checkpoint), str(checkpoint))
+            load_checkpoint(self.model, checkpoint)
             self.loaded = checkpoint
 
     def psnr(self, checkpoint: Path, real: np.ndarray) -> float:

@@ -1,14 +1,17 @@
 """UNet, VAE and text encoder against diffusers and transformers with the same random weights."""
 
-import gzip
+import dataclasses
 
 import mindspore as ms
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    DEEP,
     ROOT,
+    V1,
     in_half,
+    official_table,
     random_model,
     relative_error,
     torch_networks,
@@ -23,9 +26,11 @@ from trainings import make_inputs
 from ldm.config import read_model_config
 from ldm.networks.autoencoder import Decode, Encode
 from ldm.networks.latent_diffusion import build_model
+from ldm.networks.layer_set import layers_of_this_device
 from ldm.options import TrainOptions
 from ldm.training.samples import DreamBoothSamples
 from ldm.training.trainer import build_trainer
+from ldm.versions import VERSIONS
 from ldm.weights.diffusers_names import diffusers_names
 
 CONFIG = ROOT / "configs/train_dreambooth_sd_v2.yaml"
@@ -40,15 +45,20 @@ def full_size():
     return build_model(read_model_config(CONFIG))
 
 
-def official_table() -> dict[str, tuple[int, ...]]:
-    table = gzip.decompress((ROOT / "tests/data/sd_v2_base_parameters.tsv.gz").read_bytes()).decode()
-    rows = [line.split("\t") for line in table.splitlines()[1:]]
-    assert len(rows) == 1214
-    return {name: tuple(map(int, shape.split(","))) for name, shape in rows}
+def official_shapes(version: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, (shape, _) in official_table(version).items()}
 
 
 def test_full_size_names_and_shapes_are_the_official_ones(full_size):
-    assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official_table()
+    shapes = official_shapes("v2_base")
+    assert len(shapes) == 1214
+    assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == shapes
+
+
+def test_full_size_names_and_shapes_of_stable_diffusion_1():
+    model, shapes = build_model(read_model_config(ROOT / VERSIONS["1.5"].model_config)), official_shapes("v1")
+    assert len(shapes) == 1082
+    assert {p.name: tuple(p.shape) for p in model.get_parameters()} == shapes
 
 
 def test_building_the_trainer_renames_nothing(tmp_path, full_size):
@@ -59,9 +69,11 @@ def test_building_the_trainer_renames_nothing(tmp_path, full_size):
     with no_init_parameters():  # moments and averages of a billion parameters, without their memory
         inputs = make_inputs(full_size, config, options, DreamBoothSamples.of(options, pictures, pictures))
         trainer = build_trainer(full_size, inputs, options, config)
-    assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official_table()
+    assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official_shapes("v2_base")
     trained = {p.name for p in trainer.parameters}
-    assert trained == {name for name in official_table() if not name.startswith("first_stage_model.")}
+    assert trained == {
+        name for name in official_shapes("v2_base") if not name.startswith("first_stage_model.")
+    }
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -83,6 +95,38 @@ def test_outputs_in_float16(config):
     errors = {name: relative_error(ours[name], reference[name]) for name in ours}
     print(errors)
     assert 1e-6 < max(errors.values()) <= HALF_TOLERANCE  # above the first figure: it did compute in float16
+
+
+def test_latents_whose_sides_are_odd():
+    """Images of any multiple of 8: a map that was odd before it was down-sampled is so again afterwards."""
+    model = random_model(DEEP)
+    x, t, context, *_ = inputs(DEEP, 2)
+    x = np.random.default_rng(1).standard_normal((2, 4, 7, 11)).astype(np.float32)
+    unet, vae, _ = torch_networks(weights_as_arrays(model), DEEP)
+    with torch.no_grad():
+        wanted = unet(*map(torch.from_numpy, (x, t.astype(np.int64), context))).sample
+        picture = vae.decode(torch.from_numpy(x)).sample
+    assert relative_error(model.unet(*map(ms.Tensor, (x, t, context))).asnumpy(), wanted) <= OUTPUT_TOLERANCE
+    ours = Decode(model.first_stage_model)(ms.Tensor(x)).asnumpy()
+    assert ours.shape == (2, 3, 28, 44) and relative_error(ours, picture) <= OUTPUT_TOLERANCE
+
+
+def test_scores_that_overflow_in_float16_are_multiplied_in_float32():
+    """Stable Diffusion 2.1's: with queries and keys of 300 a score is 90,000 and more."""
+    config = dataclasses.replace(V1.unet, num_heads=1)
+    rng, answers = np.random.default_rng(0), {}
+    x = rng.choice([-300.0, 300.0], (1, 6, 16)).astype(np.float16)
+    for upcast in (False, True):
+        layers = layers_of_this_device(ms.float16)
+        attention = layers.Attention(config.heads(16), upcast=upcast)
+        answers[upcast] = attention(ms.Tensor(x), ms.Tensor(x), ms.Tensor(x)).asnumpy().astype(np.float64)
+    q = x.astype(np.float64)[0]
+    scores = q @ q.T / 4
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    wanted = weights / weights.sum(-1, keepdims=True) @ q
+    assert np.abs(scores).max() > np.finfo(np.float16).max
+    assert not np.isfinite(answers[False]).all()
+    assert relative_error(answers[True][0], wanted) <= 1e-3  # float16 keeps 11 bits
 
 
 def ours_and_reference_gradients(model, config, network, reference, forward, reference_forward):

@@ -22,21 +22,21 @@ def gradients(recompute: bool) -> list[np.ndarray]:
     start_device("CPU", 0)
     from mindspore import ParameterTuple, Tensor, nn, ops
 
+    from ldm.config import UNetConfig
     from ldm.networks.attention import SpatialTransformer
     from ldm.networks.layer_set import layers_of_this_device
 
     layers = layers_of_this_device()
+    config = UNetConfig(4, 4, 256, (1,), 1, (1,), head_channels=64, context_dim=48)
 
     class Net(nn.Cell):
         def __init__(self):
             super().__init__()
-            self.transformers = nn.CellList(
-                [SpatialTransformer(256, 48, 4, 32, 0.0, layers) for _ in range(4)]
-            )
+            self.transformers = nn.CellList([SpatialTransformer(256, config, layers) for _ in range(4)])
 
         def construct(self, x, context):
             for transformer in self.transformers:
-                x = transformer(x, x, context)
+                x = transformer(x, x, context, None)
             return ops.square(x).mean()
 
     class Gradients(nn.Cell):

@@ -4,11 +4,11 @@ import weakref
 
 import numpy as np
 import pytest
-from conftest import SHALLOW, random_model, weights_as_arrays
+from conftest import SHALLOW, random_model, read_checkpoint, weights_as_arrays
 
 from ldm.options import TrainOptions
 from ldm.run.checkpoints import Checkpoints, remove_old_checkpoints
-from ldm.weights.checkpoint import read_checkpoint, record_digest, recorded_digests
+from ldm.weights.digests import record_digests, recorded_digests
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -25,7 +25,7 @@ def test_a_checkpoint_is_whole_whether_or_not_its_frozen_part_was_set_aside(tmp_
     averages = {name: parameter.asnumpy() + 1 for name, parameter in trained.items()}
     assert set(names) - trained.keys() == {name for name in names if name.startswith("first_stage_model.")}
     for epoch in (1, 2):
-        paths = checkpoints.save(epoch, trained, averages)
+        paths = checkpoints.save(f"epoch_{epoch}", trained, averages)
         assert [path.name for path in paths] == [
             f"dreambooth_epoch_{epoch}.ckpt",
             f"dreambooth_epoch_{epoch}_ema.ckpt",
@@ -39,14 +39,14 @@ def test_a_checkpoint_is_whole_whether_or_not_its_frozen_part_was_set_aside(tmp_
 
 def test_a_checkpoint_that_a_kill_left_out_is_written(tmp_path):
     checkpoints, weights = Checkpoints(tmp_path, 10), {"a": np.ones(3, np.float32)}
-    (path,) = checkpoints.save(1, weights, None)
+    (path,) = checkpoints.save("epoch_1", weights, None)
     written = path.stat().st_mtime_ns
-    checkpoints.save_if_missing(1, written, weights, None)
+    checkpoints.save_if_missing("epoch_1", written, weights, None)
     assert path.stat().st_mtime_ns == written
-    checkpoints.save_if_missing(1, written + 1, weights, None)  # of a run that was abandoned
+    checkpoints.save_if_missing("epoch_1", written + 1, weights, None)  # of a run that was abandoned
     assert path.stat().st_mtime_ns > written
     path.unlink()
-    checkpoints.save_if_missing(1, written, weights, None)
+    checkpoints.save_if_missing("epoch_1", written, weights, None)
     assert path.exists()
 
 
@@ -54,15 +54,15 @@ def test_old_weights_go_but_for_the_newest_and_what_the_run_did_not_write(tmp_pa
     for name in ("1", "2", "2_ema", "3", "9"):
         path = tmp_path / f"dreambooth_epoch_{name}.ckpt"
         path.write_bytes(b"x")
-        record_digest(path, name)
+        record_digests(path.parent, {path.name: name})
     own = [tmp_path / "dreambooth_epoch_0.ckpt", tmp_path / "dreambooth_epoch_1 copy.ckpt"]
     for path in own:
         path.write_bytes(b"the user's")
-    record_digest(own[1], "x")
-    assert remove_old_checkpoints(tmp_path, 3, 2) == [tmp_path / "dreambooth_epoch_1.ckpt"]
-    assert remove_old_checkpoints(tmp_path, 3, 2) == []
+    record_digests(own[1].parent, {own[1].name: "x"})
+    assert remove_old_checkpoints(tmp_path, "epoch_3", 2) == [tmp_path / "dreambooth_epoch_1.ckpt"]
+    assert remove_old_checkpoints(tmp_path, "epoch_3", 2) == []
     # resumed before epoch 9: that is not the newest of the present course
-    assert sorted(path.name for path in remove_old_checkpoints(tmp_path, 3, 1)) == [
+    assert sorted(path.name for path in remove_old_checkpoints(tmp_path, "epoch_3", 1)) == [
         "dreambooth_epoch_2.ckpt",
         "dreambooth_epoch_2_ema.ckpt",
     ]

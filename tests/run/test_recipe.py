@@ -151,7 +151,9 @@ def test_changes_are_listed(tmp_path, caplog, run):
 
     def origin(**changes):
         changed = dataclasses.replace(options, **changes)
-        return json.loads(json.dumps(origin_of(changed, SHALLOW, images, changed.samples_per_update)))
+        return json.loads(
+            json.dumps(origin_of(changed, SHALLOW, [changed.checkpoint], images, changed.samples_per_update))
+        )
 
     start = Start(run.latest(), origin() | {"class pictures": "1"})
     harmless = dict(

@@ -13,7 +13,7 @@ from ldm.networks.autoencoder import posterior_sample
 from ldm.networks.latent_diffusion import build_model
 from ldm.sampling.samplers import sample_ddim
 from ldm.sampling.text_to_image import Sampling, TextToImage
-from ldm.weights.checkpoint import load_weights, read_checkpoint
+from ldm.weights.checkpoint import load_checkpoint
 
 
 def draw(pipeline, count, **changes):
@@ -57,7 +57,7 @@ def test_the_shipped_model_draws_the_same_picture_as_diffusers():
     path = ROOT / "models/tiny_sd_v2.safetensors"
     assert path.stat().st_size < 20 * 2**20
     model = build_model(config)
-    load_weights(model, read_checkpoint(path), path.name)
+    load_checkpoint(model, path)
     pipeline = TextToImage(model, config)
     unet, vae, text_encoder = torch_networks(weights_as_arrays(model), config)
     prompts = ["a penguin in the snow", "a red car on the street"]

@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from conftest import SHALLOW, in_half, random_model, torch_networks, weights_as_arrays
+from conftest import SHALLOW, V1, in_half, random_model, torch_networks, weights_as_arrays
 from trainings import OPTIONS, make_samples, make_trainer, progress_of
 
 from ldm.schedule import NoiseSchedule
@@ -34,7 +34,7 @@ def torch_training(weights, config, options, samples, steps):
         lr=options.start_learning_rate, betas=options.betas, eps=1e-8,
     )  # fmt: skip
     prompts = [options.instance_prompt] + ([options.class_prompt] if samples.class_paths else [])
-    ids = torch.from_numpy(Tokenizer(77)(prompts)).long()
+    ids = torch.from_numpy(Tokenizer(77, config.text_encoder.padding)(prompts)).long()
     alphas = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32)
     losses = []
     for step in range(steps):
@@ -102,20 +102,25 @@ def compare(tmp_path, config, options, with_class=True):
     return np.abs(ours / np.where(theirs == 0, 1, theirs) - (theirs != 0)).max(), np.sqrt(difference / change)
 
 
+PREDICTS_V = dataclasses.replace(
+    SHALLOW, noise_schedule=dataclasses.replace(SHALLOW.noise_schedule, prediction_type="v_prediction")
+)
 VARIANTS = {
-    "text_encoder_accumulation_clipping": dict(
-        train_text_encoder=True, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5
+    "text_encoder_accumulation_clipping": (
+        SHALLOW,
+        dict(train_text_encoder=True, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5),
     ),
-    "frozen_text_accumulation_clipping": dict(
-        train_text_encoder=False, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5
+    "v_prediction_frozen_text_accumulation_clipping": (
+        PREDICTS_V,
+        dict(train_text_encoder=False, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5),
     ),
-    "text_encoder_recompute": dict(train_text_encoder=True, recompute=True),
+    "stable_diffusion_1_text_encoder_recompute": (V1, dict(train_text_encoder=True, recompute=True)),
 }
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_twenty_steps_equal_pytorch(tmp_path, changes):
-    loss_error, weight_error = compare(tmp_path, SHALLOW, dataclasses.replace(OPTIONS, **changes))
+@pytest.mark.parametrize("config, changes", VARIANTS.values(), ids=VARIANTS)
+def test_twenty_steps_equal_pytorch(tmp_path, config, changes):
+    loss_error, weight_error = compare(tmp_path, config, dataclasses.replace(OPTIONS, **changes))
     print(
         f"largest relative loss difference {loss_error:.2e}, relative L2 difference of the change "
         f"{weight_error:.2e}"

@@ -3,13 +3,12 @@ import hashlib
 import mindspore as ms
 import numpy as np
 import pytest
-from conftest import SHALLOW, random_model, weights_as_arrays
+from conftest import SHALLOW, random_model, read_checkpoint, weights_as_arrays
 from safetensors.numpy import save_file
 
 from ldm.networks.latent_diffusion import build_model
-from ldm.weights.checkpoint import load_weights, read_checkpoint, save_weights, weights_of
-from ldm.weights.diffusers_folder import diffusers_configs, read_diffusers_folder, write_diffusers_folder
-from ldm.weights.diffusers_names import from_diffusers, to_diffusers
+from ldm.weights.checkpoint import load_weights, weights_of
+from ldm.weights.writing import save_weights
 
 
 @pytest.fixture(scope="module")
@@ -105,59 +104,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, model):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_conversion_to_diffusers_and_back(tmp_path, model, weights):
-    folder = tmp_path / "diffusers"
-    write_diffusers_folder(folder, weights, SHALLOW)
-    shapes = {name: value.shape for name, value in weights.items()}
-    back = from_diffusers(read_diffusers_folder(folder), shapes, SHALLOW)
-    assert back.keys() == weights.keys() and all(
-        np.array_equal(back[name], weights[name]) for name in weights
-    )
-    assert {p.name for p in folder.iterdir()} == diffusers_configs(SHALLOW).keys()
-    with pytest.raises(FileExistsError):
-        write_diffusers_folder(folder, weights, SHALLOW)
-
-
-def test_the_vae_under_its_names_of_2022_is_converted_too(weights):
-    parts, shapes = to_diffusers(weights, SHALLOW), {name: value.shape for name, value in weights.items()}
-    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    for new, old in older.items():
-        renamed = {name.replace(f".{new}.", f".{old}."): value for name, value in parts["vae"].items()}
-        assert len(renamed.keys() - parts["vae"].keys()) == 4  # weight and bias, of encoder and decoder
-        parts["vae"] = renamed
-    back = from_diffusers(parts, shapes, SHALLOW)
-    assert back.keys() == weights.keys() and all(
-        np.array_equal(back[name], weights[name]) for name in weights
-    )
-
-
-def test_a_folder_with_pytorchs_older_files_is_converted_too(tmp_path, weights):
-    """.bin files hold the same arrays, as float16, by the same names; a folder with neither is refused."""
-    import torch
-
-    folder, shapes = tmp_path / "diffusers", {name: value.shape for name, value in weights.items()}
-    write_diffusers_folder(folder, weights, SHALLOW)
-    older = {
-        "unet": "diffusion_pytorch_model.bin",
-        "vae": "diffusion_pytorch_model.bin",
-        "text_encoder": "pytorch_model.bin",
-    }
-    for part, values in to_diffusers(weights, SHALLOW).items():
-        torch.save(
-            {name: torch.from_numpy(value.copy()).half() for name, value in values.items()},
-            folder / part / older[part],
-        )
-        next((folder / part).glob("*.safetensors")).unlink()
-    back = from_diffusers(read_diffusers_folder(folder), shapes, SHALLOW)
-    assert all(np.array_equal(back[name], weights[name].astype(np.float16)) for name in weights)
-    (folder / "unet/diffusion_pytorch_model.bin").unlink()
-    with pytest.raises(
-        FileNotFoundError,
-        match="diffusion_pytorch_model.safetensors: no such file, nor diffusion_pytorch_model.bin",
-    ):
-        read_diffusers_folder(folder)
-
-
 def test_a_recorded_checksum_is_compared(tmp_path, weights):
     """One bit of one value, which the format itself does not notice."""
     path = tmp_path / "a.ckpt"
@@ -173,12 +119,3 @@ def test_a_recorded_checksum_is_compared(tmp_path, weights):
         read_checkpoint(path)
     (tmp_path / "checkpoints.sha256").unlink()
     read_checkpoint(path)
-
-
-def test_conversion_is_strict(weights):
-    parts, shapes = to_diffusers(weights, SHALLOW), {name: value.shape for name, value in weights.items()}
-    parts["unet"]["surplus"] = parts["unet"].pop("conv_in.weight")
-    with pytest.raises(
-        ValueError, match="1 parameters missing .*conv_in.weight.*1 not of this model .*surplus"
-    ):
-        from_diffusers(parts, shapes, SHALLOW)

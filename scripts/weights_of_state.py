@@ -1,0 +1,79 @@
+"""Make a model to generate with of a training's saved state.
+
+    python scripts/weights_of_state.py output/my_dog/states/step_00000400 BASE TARGET
+
+A state has the weights that were trained, not the others: BASE is the model that the training began with, of
+any format. TARGET as with convert_checkpoint.py. Nothing that exists is overwritten.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from convert_checkpoint import add_writing_options, format_to_write, write
+
+from ldm.command_line import Ending, start_logging
+from ldm.weights.arrays import Joined, Made, Renamed
+from ldm.weights.choice import choose_config, config_in
+from ldm.weights.source import open_weights
+
+
+def weights_of_state(options: argparse.Namespace) -> None:
+    from ldm.device import require_versions
+
+    require_versions()
+    from ldm.files import fingerprint
+    from ldm.networks.latent_diffusion import build_model
+    from ldm.run.states import read_state
+    from ldm.weights.checkpoint import require_match
+    from ldm.weights.layouts import fit
+
+    format_to_write(options.target, options.to)
+    folder = options.state.parent if options.state.name == "state.ckpt" else options.state
+    state = read_state(folder)
+    averaged = " averaged" if options.base_was_averaged else ""
+    base = open_weights(options.base, options.variant, options.base_was_averaged)
+    if state.origin.get("base model") not in (None, fingerprint(base.files) + averaged):
+        print(f"{options.base}: not the file that the training began with: what was frozen is taken from it")
+    noted = folder.parent.parent / "effective_config.json"
+    if options.config == "auto" and noted.is_file():
+        config = config_in(noted)
+    else:
+        config, _ = choose_config(base, options.config)
+    shapes = {parameter.name: tuple(parameter.shape) for parameter in build_model(config).get_parameters()}
+    rest = fit(base.arrays, shapes, config, options.base_was_averaged and base.configs is None)
+    require_match(shapes, rest, base.arrays, str(base.path))
+    arrays, prefix = state.arrays(), "ema." if options.use_ema_weights else ""
+    if prefix and not any(name.startswith(prefix) for name in arrays):
+        raise ValueError(f"{folder}: has no averaged weights: leave --use_ema_weights out")
+    both = Joined([("", arrays), ("base/", rest)])
+    found = {name: prefix + name if prefix + name in arrays else f"base/{name}" for name in shapes}
+    whole = Renamed(both, {name: Made([own], both.shape(own)) for name, own in found.items()})
+    require_match(shapes, whole, whole, str(folder))
+    trained = sum(not own.startswith("base/") for own in found.values())
+    step = state.progress["global_step"]
+    print(f"{folder}: {trained} parameters after update {step}, {len(shapes) - trained} of the base")
+    write(whole, config, options.target, options.to, options.dtype)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("state", type=Path, help="a folder states/step_*")
+    parser.add_argument("base", type=Path, help="the model that the training began with")
+    add_writing_options(parser)
+    parser.add_argument("--variant", help="of the files of the base, if it is a folder: fp16, bf16, non_ema")
+    parser.add_argument(
+        "--use_ema_weights", action="store_true", help="take the averages in the state (--use_ema)"
+    )
+    parser.add_argument("--base_was_averaged", action="store_true", help="the training had --use_ema_weights")
+    options = parser.parse_args(argv)
+    start_logging("INFO")
+    with Ending("weights_of_state.py"):
+        weights_of_state(options)
+
+
+if __name__ == "__main__":
+    main()
