@@ -8,6 +8,10 @@ from commands import run, train
 from conftest import ROOT, SHALLOW, random_model, read_checkpoint, weights_as_arrays
 from PIL import Image
 
+from ldm.networks.latent_diffusion import build_model
+from ldm.weights.checkpoint import load_checkpoint
+from ldm.weights.choice import choose_config
+from ldm.weights.source import open_weights
 from ldm.weights.writing import save_weights
 
 
@@ -66,10 +70,26 @@ def test_training_leaves_what_it_promises(place, trained):
 
 def test_a_second_run_samples_nothing_and_gives_the_same_losses(place, trained):
     before = {path: path.stat().st_mtime_ns for path in (place / "classes/dog").iterdir()}
-    second = train(place, "--output_path=again")
+    formats = (
+        "--save_format=diffusers",
+        "--save_dtype=float16",
+        "--save_weights_every=2",
+        "--keep_weights=1",
+    )
+    second = train(place, "--output_path=again", *formats)
     assert {path: path.stat().st_mtime_ns for path in (place / "classes/dog").iterdir()} == before
     assert "generating" not in second.stderr
     assert losses(place, "again") == losses(place, "out")
+    # in another format: opened without a YAML, the same but for float16
+    folders = {path.name for path in (place / "again").glob("dreambooth_*")}
+    assert folders == {"dreambooth_epoch_2", "dreambooth_step_4"}
+    source, tuned = open_weights(place / "again/dreambooth_epoch_2"), place / "out/dreambooth_epoch_2.ckpt"
+    assert choose_config(source)[0] == SHALLOW
+    model = build_model(SHALLOW)
+    load_checkpoint(model, source)
+    found = weights_as_arrays(model)
+    for name, values in read_checkpoint(tuned).items():
+        assert np.array_equal(found[name], values.astype(np.float16).astype(np.float32)), name
     assert (
         "latents: 0 cached, 8 to encode" in trained.stderr
         and "latents: 8 cached, 0 to encode" in second.stderr
@@ -202,11 +222,12 @@ def test_mistakes_end_with_one_line(place, tmp_path, trained):
 
 def test_conversion_command(place, trained):
     script = ROOT / "scripts/convert_checkpoint.py"
-    run(place, "models/base.ckpt", "folder", "--config=model.yaml", script=script)
-    run(place, "folder", "back.safetensors", "--config=model.yaml", "--half", script=script)
+    first = run(place, "models/base.ckpt", "folder", "--config=model.yaml", script=script)
+    assert "models/base.ckpt: " in first.stdout and "folder: " in first.stdout
+    half = ("--to=safetensors", "--dtype=float16")
+    run(place, "folder", "back.safetensors", *half, script=script)  # which says itself what it is
     original, back = read_checkpoint(place / "models/base.ckpt"), read_checkpoint(place / "back.safetensors")
+    assert original.keys() == back.keys()
     assert all(np.array_equal(value.astype(np.float16), back[name]) for name, value in original.items())
-    assert (
-        "exists already"
-        in run(place, "folder", "back.safetensors", "--config=model.yaml", script=script, status=2).stderr
-    )
+    again = run(place, "folder", "back.safetensors", script=script, status=2).stderr
+    assert "back.safetensors: exists already" in again

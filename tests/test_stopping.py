@@ -10,7 +10,7 @@ import subprocess
 
 import numpy as np
 from commands import run, start, train, train_arguments, updates_done, wait_for
-from conftest import read_checkpoint
+from conftest import ROOT, read_checkpoint
 
 LONG = (
     "--epochs=1000",
@@ -21,12 +21,29 @@ LONG = (
 )
 
 
+def assert_weights_of_the_state(place, folder, done) -> None:
+    """--save_weights_every: what the state holds, to generate with; the state gives the same later."""
+    assert [path.name for path in sorted(folder.glob("*.ckpt"))] == [
+        f"dreambooth_step_{done}.ckpt",
+        f"dreambooth_step_{done}_ema.ckpt",
+    ]
+    for ending, words in (("", ()), ("_ema", ("--use_ema_weights",))):
+        made, written = place / f"of_state{ending}.ckpt", folder / f"dreambooth_step_{done}{ending}.ckpt"
+        arguments = (folder / f"states/step_{done:08d}", "models/base.ckpt", made, *words)
+        run(place, *map(str, arguments), script=ROOT / "scripts/weights_of_state.py")
+        assert made.read_bytes() == written.read_bytes()
+        written.unlink()
+    state = f"--ckpt_path={folder}/states/step_{done:08d}/state.ckpt"
+    drawn = run(place, "--config=model.yaml", state, status=2, script=ROOT / "text_to_image.py").stderr
+    assert "the saved state of a training" in drawn and "scripts/weights_of_state.py" in drawn
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):
     """SIGTERM: the step in hand ends, the state is saved; a second run is refused meanwhile; another option
     is refused afterwards.
     """
     folder = place / "stopped"
-    process = start(place, "--output_path=stopped", *LONG)
+    process = start(place, "--output_path=stopped", *LONG, "--save_weights_every=1000000")
     wait_for(lambda: updates_done(folder) >= 2)
     assert (
         "stopped: another run is writing into it"
@@ -40,9 +57,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):
         "stopped; continue with: python "
     )
     assert errors.splitlines()[-1].endswith(" --resume=latest")
-    assert [path.name for path in (folder / "states").iterdir()] == [f"step_{done:08d}"] and not list(
-        folder.glob("*.ckpt")
-    )
+    assert [path.name for path in (folder / "states").iterdir()] == [f"step_{done:08d}"]
+    assert_weights_of_the_state(place, folder, done)
 
     changes = ("--seed=5", "--prior_loss_weight=0.5", "--num_class_images=9")
     changed = train(place, "--output_path=stopped", *LONG, "--resume=latest", *changes, status=2).stderr

@@ -144,11 +144,11 @@ def _open_folder(path: Path, variant: str | None, use_averages: bool) -> Source:
                 raise ValueError(f"{file}: not what was written, its SHA-256 differs from {DIGESTS}")
             files.append(file)
             opened.append((f"{part}/", read_file(file)))
-    configs = {part: _read_json(path / part / "config.json") for part in PARTS}
-    configs["scheduler"] = _read_json(path / "scheduler/scheduler_config.json")
+    configs = {part: read_json(path / part / "config.json") for part in PARTS}
+    configs["scheduler"] = read_json(path / "scheduler/scheduler_config.json")
     for name in ("model_index", "tokenizer/special_tokens_map", "tokenizer/tokenizer_config"):
         if (path / f"{name}.json").is_file():
-            configs[name] = _read_json(path / f"{name}.json")
+            configs[name] = read_json(path / f"{name}.json")
     return Source(path, files, Joined(opened), configs)
 
 
@@ -179,7 +179,7 @@ def _files_of(folder: Path, base: str, variant: str | None) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    files = _read_json(index).get("weight_map")
+    files = read_json(index).get("weight_map")
     names = set(files.values()) if isinstance(files, dict) else None
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise ValueError(f"{index}: not an index of shards")
@@ -189,7 +189,8 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(names)]
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A JSON file's top-level mapping. Raises FileNotFoundError or ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the folder must be in the layout of diffusers")
     try:

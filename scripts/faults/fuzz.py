@@ -1,6 +1,6 @@
 """Damage small files of every kind that is read, at random, and see that each is read or refused in words.
 
-    python scripts/faults/fuzz.py                # 2,000 mutations of each of ten kinds of files, a few
+    python scripts/faults/fuzz.py                # 2,000 mutations of each of fourteen kinds of files, a few
     minutes python scripts/faults/fuzz.py --count 100 --seed 1 --kind ckpt
 
 A mutation cuts, flips bits, moves or repeats parts, or puts extreme numbers where lengths may be. It passes
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import json
+import pickle
 import random
 import resource
 import signal
@@ -32,6 +33,7 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+CONFIG = ROOT / "configs/train_dreambooth_tiny.yaml"
 SECONDS, MEMORY = 10, 200 * 2**20
 EXTREMES = [
     b"\0",
@@ -57,6 +59,53 @@ def weights() -> dict[str, np.ndarray]:
     }
 
 
+def text(word: str) -> bytes:
+    """A string in a pickle."""
+    return b"X" + len(word).to_bytes(4, "little") + word.encode()
+
+
+def numbers(values: Sequence[int]) -> bytes:
+    """A tuple of small numbers in a pickle."""
+    return b"(" + b"".join(b"K" + bytes([v]) for v in values) + b"t"
+
+
+def state_dictionary(more: bytes = b"") -> bytes:
+    """The weights as torch.save pickles them, without the beginning and the end; `more` of a reference."""
+    state = b"}("
+    for number, (name, value) in enumerate(weights().items()):
+        storage = b"ctorch\n" + (b"HalfStorage" if value.dtype == np.float16 else b"FloatStorage") + b"\n"
+        key, size = text(str(number)) + text("cpu"), b"K" + bytes([value.size])
+        reference = b"(" + text("storage") + storage + key + size + more + b"tQ"
+        strides = numbers([step // value.itemsize for step in value.strides])
+        tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + reference + b"K\0" + numbers(value.shape) + strides
+        state += text(name) + tensor + b"\x89ccollections\nOrderedDict\n)RtR"
+    return state + b"u"
+
+
+def torch_archive(path: Path, content: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + content + b".")
+        for number, value in enumerate(weights().values()):
+            archive.writestr(f"archive/data/{number}", value.tobytes())
+
+
+def legacy_torch_file(path: Path) -> None:
+    """As before PyTorch 1.6."""
+    keys = [str(number) for number in range(len(weights()))]
+    parts = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    parts += [b"\x80\x02" + state_dictionary(b"N") + b".", pickle.dumps(keys, 2)]
+    parts += [value.size.to_bytes(8, "little") + value.tobytes() for value in weights().values()]
+    path.write_bytes(b"".join(parts))
+
+
+# what PyTorch Lightning puts beside the weights: a class as a key, a scalar of NumPy
+CALLBACKS = (
+    text("callbacks") + b"}(cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n}("
+    + text("score") + b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(" + text("f8") + b"\x89\x88tR"
+    + b"c_codecs\nencode\n(" + text("0") + text("latin1") + b"tRtRuu"
+)  # fmt: skip
+
+
 def make(kind: str, path: Path) -> None:
     """A sound file of a kind."""
     if kind == "ckpt":
@@ -64,48 +113,24 @@ def make(kind: str, path: Path) -> None:
 
         with open(path, "wb") as file:
             write_ckpt(file, weights().items())
-    elif kind == "safetensors":
-        from safetensors.numpy import save_file
+    elif kind in ("safetensors", "bfloat16"):
+        from ldm.weights.arrays import BFLOAT16, ArraysInMemory
+        from ldm.weights.safetensors_files import write_safetensors
 
-        save_file(weights(), path)
+        with open(path, "wb") as file:
+            write_safetensors(file, ArraysInMemory(weights()), BFLOAT16 if kind == "bfloat16" else None)
     elif kind == "torch":  # as torch.save writes it
-        storages, state = {}, b"\x80\x02}("
-        for number, (name, value) in enumerate(weights().items()):
-            storages[str(number)] = value.tobytes()
-            kind_ = b"HalfStorage" if value.dtype == np.float16 else b"FloatStorage"
+        torch_archive(path, state_dictionary())
+    elif kind == "lightning":
+        inner = text("state_dict") + state_dictionary() + CALLBACKS
+        torch_archive(path, b"}(" + inner + text("global_step") + b"K\x07u")
+    elif kind == "legacy":
+        legacy_torch_file(path)
+    elif kind == "folder":  # the configuration of the UNet in a folder of diffusers
+        from ldm.config import read_model_config
+        from ldm.weights.diffusers_folder import folder_files
 
-            def text(word: str) -> bytes:
-                return b"X" + len(word).to_bytes(4, "little") + word.encode()
-
-            def numbers(values) -> bytes:
-                return b"(" + b"".join(b"K" + bytes([v]) for v in values) + b"t"
-
-            reference = (
-                b"("
-                + text("storage")
-                + b"ctorch\n"
-                + kind_
-                + b"\n"
-                + text(str(number))
-                + text("cpu")
-                + b"K"
-                + bytes([value.size])
-                + b"tQ"
-            )
-            strides = [s // value.itemsize for s in value.strides]
-            state += (
-                text(name)
-                + b"ctorch._utils\n_rebuild_tensor_v2\n("
-                + reference
-                + b"K\0"
-                + numbers(value.shape)
-                + numbers(strides)
-            )
-            state += b"\x89ccollections\nOrderedDict\n)RtR"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", state + b"u.")
-            for key, content in storages.items():
-                archive.writestr(f"archive/data/{key}", content)
+        path.write_text(folder_files(read_model_config(CONFIG))["unet/config.json"])
     elif kind == "json":
         path.write_text(
             json.dumps(
@@ -119,7 +144,7 @@ def make(kind: str, path: Path) -> None:
             )
         )
     elif kind == "yaml":
-        path.write_bytes((ROOT / "configs/train_dreambooth_tiny.yaml").read_bytes())
+        path.write_bytes(CONFIG.read_bytes())
     else:
         array = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
         exif = Image.Exif()
@@ -137,16 +162,17 @@ def read(kind: str, path: Path):
     from ldm.config import ConfigError, read_model_config
     from ldm.images import read_image
     from ldm.options import TrainOptions
-    from ldm.weights.mindspore_ckpt import read_ckpt
-    from ldm.weights.safetensors_files import is_safetensors, read_safetensors
-    from ldm.weights.torch_pickle import read_torch_file
+    from ldm.weights.diffusers_folder import config_of_folder, folder_files
+    from ldm.weights.source import read_file, read_json
 
-    if kind in ("ckpt", "safetensors", "torch"):
-        reader = (
-            read_torch_file if kind == "torch" else read_safetensors if is_safetensors(path) else read_ckpt
-        )
-        found = reader(path)
+    if kind in WEIGHT_FILES:
+        found = read_file(path)
         return {name: (str(found[name].dtype), found[name].shape, found[name].tobytes()) for name in found}
+    if kind == "folder":
+        files = folder_files(read_model_config(CONFIG))
+        parts = ("vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
+        configs = {name.split("/")[0]: json.loads(files[name]) for name in parts}
+        return config_of_folder(configs | {"unet": read_json(path)}, path)
     if kind == "json":
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
@@ -174,7 +200,8 @@ NEEDED = [
     "--class_data_dir=none",
     "--class_prompt=a dog",
 ]  # fmt: skip
-KINDS = ("ckpt", "safetensors", "torch", "json", "yaml", "png", "jpeg", "webp", "gif", "tiff")
+WEIGHT_FILES = ("ckpt", "safetensors", "bfloat16", "torch", "lightning", "legacy")
+KINDS = (*WEIGHT_FILES, "folder", "json", "yaml", "png", "jpeg", "webp", "gif", "tiff")
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:

@@ -1,14 +1,19 @@
 """The checkpoints of a run: whole models, of which only a run's own are ever removed."""
 
+import subprocess
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SHALLOW, random_model, read_checkpoint, weights_as_arrays
 
+from ldm.networks.latent_diffusion import build_model
 from ldm.options import TrainOptions
 from ldm.run.checkpoints import Checkpoints, remove_old_checkpoints
+from ldm.weights.checkpoint import load_checkpoint
 from ldm.weights.digests import record_digests, recorded_digests
+from ldm.weights.writing import DTYPES
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -69,3 +74,26 @@ def test_old_weights_go_but_for_the_newest_and_what_the_run_did_not_write(tmp_pa
     left = {"dreambooth_epoch_3.ckpt", "dreambooth_epoch_9.ckpt", own[1].name}
     assert recorded_digests(tmp_path).keys() == left
     assert {path.name for path in tmp_path.iterdir()} == left | {own[0].name, "checkpoints.sha256"}
+
+
+@pytest.mark.parametrize(
+    "to, dtype", [("safetensors", "float32"), ("stability", "float16"), ("diffusers", "bfloat16")]
+)
+def test_other_formats(tmp_path, to, dtype):
+    """Whole, recorded, opened again; the newest are kept, of epochs and of steps."""
+    model = random_model(SHALLOW)
+    weights = weights_as_arrays(model)
+    checkpoints = Checkpoints(tmp_path, 2, to, dtype)
+    checkpoints.take_frozen_from(model, TrainOptions())
+    trained = {parameter.name: parameter for parameter in model.get_parameters()}
+    for name in ("epoch_1", "step_100", "epoch_2", "step_200", "step_300", "epoch_3", "epoch_3"):
+        checkpoints.save(name, trained, None)
+    suffix = {"diffusers": ""}.get(to, ".safetensors")
+    left = {f"dreambooth_{name}{suffix}" for name in ("epoch_2", "epoch_3", "step_200", "step_300")}
+    assert {path.name for path in tmp_path.iterdir()} == left | {"checkpoints.sha256"}
+    assert {Path(name).parts[0] for name in recorded_digests(tmp_path)} == left
+    subprocess.run(["sha256sum", "--check", "--quiet", "checkpoints.sha256"], cwd=tmp_path, check=True)
+    again = build_model(SHALLOW)
+    load_checkpoint(again, tmp_path / f"dreambooth_step_300{suffix}")
+    for name, values in weights_as_arrays(again).items():
+        assert np.array_equal(values, weights[name].astype(DTYPES[dtype]).astype(np.float32)), name

@@ -174,6 +174,18 @@ def test_a_parameter_that_is_missing_is_not_found_under_a_training_steps_name():
         load_weights(build_model(SHALLOW), weights, "file.ckpt")
 
 
+def test_the_averages_in_a_whole_training_step():
+    """mindone's `ema.`, of what it trained; of the others the weights themselves."""
+    weights = weights_as_arrays(random_model(SHALLOW))
+    trained = {name for name in weights if name.startswith("model.")}
+    step = weights | {f"ema.{name}": weights[name] + 1 for name in trained}
+    for use_averages in (False, True):
+        model = build_model(SHALLOW)
+        load_weights(model, step, "train_resume.ckpt", use_averages)
+        for name, values in weights_as_arrays(model).items():
+            assert np.array_equal(values, weights[name] + (use_averages and name in trained)), name
+
+
 def test_what_is_wrong_with_a_whole_training_step_is_said_not_what_it_is():
     weights = whole_step(weights_as_arrays(random_model(SHALLOW)))
     name = "first_stage_model.encoder.norm_out.gamma"
