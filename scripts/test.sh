@@ -10,4 +10,4 @@ source scripts/environment.sh requirements.txt requirements-test.txt
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

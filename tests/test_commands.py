@@ -204,7 +204,7 @@ def test_mistakes_end_with_one_line(place, tmp_path, trained):
         "--pretrained_model_file=short.ckpt": f"missing: 1 ({lost})",
         f"--instance_data_dir={tmp_path / 'empty'}": "no images found",
         f"--instance_data_dir={tmp_path / 'text'}": "picture.jpg: not a readable image",
-        "--image_size=33": "image_size must be a multiple of 4, got 33",
+        "--image_size=33": "image_size must be a multiple of 2, got 33",
         "--device=Ascend": "no Ascend device",
         "--output_path=out": "holds dreambooth_epoch_2.ckpt of an earlier run; give another folder, or",
     }

@@ -65,7 +65,7 @@ def test_a_version_that_does_not_fit_ends_in_one_line(tmp_path, package, found, 
         )
         return
     for command in (
-        ["text_to_image.py", "--ckpt_path=README.md"],
+        ["text_to_image.py", "--ckpt_path=models/tiny_sd_v2.safetensors"],
         ["scripts/convert_checkpoint.py", "README.md", str(tmp_path / "out")],
     ):
         done = subprocess.run(

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from ldm.command_line import Ending
 from ldm.config import read_model_config
+from ldm.versions import VERSIONS
 
 LAST = "cond_stage_model.transformer.transformer_layer.resblocks.{}."
 
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("target", type=Path, help="the file to write")
+    parser.add_argument("-v", "--version", choices=tuple(VERSIONS), default="2.0", help="[%(default)s]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     with Ending("random_checkpoint.py"):
@@ -50,10 +52,11 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.networks.latent_diffusion import build_model
 
-    config = read_model_config(ROOT / "configs/train_dreambooth_sd_v2.yaml")
+    config = read_model_config(ROOT / VERSIONS[options.version].model_config)
     shapes = {parameter.name: tuple(parameter.shape) for parameter in build_model(config).get_parameters()}
     layers = config.text_encoder.layers
-    for name, shape in list(shapes.items()):
+    # of Stable Diffusion 1 all layers are used
+    for name, shape in list(shapes.items()) if options.version[0] == "2" else ():
         if name.startswith(LAST.format(layers - 1)):
             shapes[name.replace(LAST.format(layers - 1), LAST.format(layers))] = shape
     entries = [
