@@ -32,7 +32,6 @@ def assert_weights_of_the_state(place, folder, done) -> None:
         arguments = (folder / f"states/step_{done:08d}", "models/base.ckpt", made, *words)
         run(place, *map(str, arguments), script=ROOT / "scripts/weights_of_state.py")
         assert made.read_bytes() == written.read_bytes()
-        written.unlink()
     state = f"--ckpt_path={folder}/states/step_{done:08d}/state.ckpt"
     drawn = run(place, "--config=model.yaml", state, status=2, script=ROOT / "text_to_image.py").stderr
     assert "the saved state of a training" in drawn and "scripts/weights_of_state.py" in drawn
@@ -78,7 +77,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):
         for f in ("stopped", "whole")
     ]
     assert lines[0] == lines[1]
-    written = {path: path.read_bytes() for path in folder.glob("*.ckpt")}
+    written = {path: path.read_bytes() for path in folder.glob("dreambooth_epoch_*.ckpt")}
     older, lost = sorted(written)  # as if the run had been killed between its state and these checkpoints
     older.write_bytes(b"of a course that was left"), os.utime(older, (0, 0))
     lost.unlink()
@@ -86,11 +85,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):
         "updates are done. To train longer"
         in train(place, "--output_path=stopped", *end, "--resume=latest").stderr
     )
-    assert {path: path.read_bytes() for path in folder.glob("*.ckpt")} == written
+    assert {path: path.read_bytes() for path in folder.glob("dreambooth_epoch_*.ckpt")} == written
     check = subprocess.run(
         ["sha256sum", "--check", "--strict", "checkpoints.sha256"], cwd=folder, capture_output=True, text=True
     )
-    assert check.returncode == 0 and check.stdout.count(": OK") == 2
+    assert check.returncode == 0 and check.stdout.count(": OK") == 4
 
 
 def test_ctrl_c_before_training_and_during_it(place):
@@ -258,7 +257,7 @@ def test_only_the_newest_checkpoints_stay(place):
     check = subprocess.run(
         ["sha256sum", "--check", "checkpoints.sha256"], cwd=place / "kept", capture_output=True, text=True
     )
-    assert check.returncode == 0 and check.stdout.count(": OK") == 2
+    assert check.returncode == 0 and check.stdout.count(": OK") == 4
 
 
 def test_a_run_that_was_killed_before_its_first_state_begins_again(place):
