@@ -62,9 +62,10 @@ def convert(options: argparse.Namespace) -> None:
     from ldm.weights.layouts import fit
 
     format_to_write(options.target, options.to)
-    source = open_weights(options.source, options.variant, options.use_ema_weights)
-    config, known_by = choose_config(source, str(options.config), options.version)
-    print(f"{source.path}: {known_by}")
+    opened = open_weights(options.source, options.variant, options.use_ema_weights)
+    source = choose_config(opened, options.config, options.version)
+    config = source.config
+    print(f"{source.path}: {source.known_by}")
     shapes = {parameter.name: tuple(parameter.shape) for parameter in build_model(config).get_parameters()}
     arrays = fit(source.arrays, shapes, config, options.use_ema_weights and source.configs is None)
     require_match(shapes, arrays, source.arrays, str(source.path))
@@ -86,7 +87,7 @@ def write(arrays: Arrays, config: ModelConfig, target: Path, to: str | None, dty
     from ldm.weights.writing import DTYPES, save_weights
 
     to = format_to_write(target, to)
-    with progress_bar("writing, reading back", unit="array")(2 * len(arrays)) as bar:
+    with progress_bar("writing", unit="array")(len(arrays)) as bar:
         checked = Checked(arrays, DTYPES[dtype], bar.update)
         save_weights(checked, target, True, to=to, config=config, compare=True, replace=False)
     print(f"{target}: {len(arrays)} parameters, {to}, {dtype}")

@@ -40,7 +40,7 @@ def weights_of_state(options: argparse.Namespace) -> None:
     if options.config == "auto" and noted.is_file():
         config = config_in(noted)
     else:
-        config, _ = choose_config(base, options.config)
+        config = choose_config(base, options.config).config
     shapes = {parameter.name: tuple(parameter.shape) for parameter in build_model(config).get_parameters()}
     rest = fit(base.arrays, shapes, config, options.base_was_averaged and base.configs is None)
     require_match(shapes, rest, base.arrays, str(base.path))

@@ -84,7 +84,7 @@ def test_a_second_run_samples_nothing_and_gives_the_same_losses(place, trained):
     folders = {path.name for path in (place / "again").glob("dreambooth_*")}
     assert folders == {"dreambooth_epoch_2", "dreambooth_step_4"}
     source, tuned = open_weights(place / "again/dreambooth_epoch_2"), place / "out/dreambooth_epoch_2.ckpt"
-    assert choose_config(source)[0] == SHALLOW
+    assert choose_config(source).config == SHALLOW
     model = build_model(SHALLOW)
     load_checkpoint(model, source)
     found = weights_as_arrays(model)

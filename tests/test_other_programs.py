@@ -35,11 +35,10 @@ def start():
 
 
 def pipeline_of(path):
-    source = open_weights(path)
-    config, _ = choose_config(source)
-    model = build_model(config)
+    source = choose_config(open_weights(path))
+    model = build_model(source.config)
     load_checkpoint(model, source)
-    return TextToImage(model, config)
+    return TextToImage(model, source.config)
 
 
 @pytest.fixture(scope="module")

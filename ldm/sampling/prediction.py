@@ -45,7 +45,7 @@ def check_prediction(model: LatentDiffusion, source: Source) -> None:
     """
     config = source.config
     said = config.noise_schedule.prediction_type
-    if source.configs or (found := looks_like(model, config)) == said:
+    if source.is_stated or (found := looks_like(model, config)) == said:
         return
     other = other_prediction(config)
     logger.warning(

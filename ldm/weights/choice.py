@@ -35,12 +35,11 @@ def open_model(options: ModelOptions) -> Source:
     Raises as `open_weights` and `choose_config` do.
     """
     source = open_weights(options.checkpoint, options.variant, options.use_ema_weights)
-    config, known_by = choose_config(source, options.model_config, options.version)
-    return dataclasses.replace(source, config=config, known_by=known_by)
+    return choose_config(source, options.model_config, options.version)
 
 
-def choose_config(source: Source, given: str = "auto", version: str | None = None) -> tuple[ModelConfig, str]:
-    """The model configuration for weights, and a line on what was chosen by what.
+def choose_config(source: Source, given: str = "auto", version: str | None = None) -> Source:
+    """Weights with the model configuration that belongs to them.
 
     Args:
         given: a YAML file, or auto: that of the version; without one what a folder of diffusers or the run
@@ -57,14 +56,15 @@ def choose_config(source: Source, given: str = "auto", version: str | None = Non
         config = read_model_config(given)
         _require_fit(source, config, given, stated)
     elif stated:
-        config, given = stated, "its own configurations"
+        config, given = stated, "its own configurations" if source.configs else "its run"
         _require_shapes(source, config, given)
     else:
         config, given = _first_that_fits(source)
     _require_schedule(source, config, given)
     prediction = PREDICTIONS[config.noise_schedule.prediction_type]
     assumed = "" if stated else ", which no single file says of itself"
-    return config, f"{name_of(config)}, by {given}; predicts {prediction}{assumed}"
+    known_by = f"{name_of(config)}by {given}; predicts {prediction}{assumed}"
+    return dataclasses.replace(source, config=config, known_by=known_by, is_stated=stated is not None)
 
 
 def config_of_run(path: Path) -> ModelConfig | None:
@@ -80,9 +80,9 @@ def config_in(noted: Path) -> ModelConfig:
 
 
 def name_of(config: ModelConfig) -> str:
-    """What people call a model with these sizes."""
-    kinds = {(320, 768): "Stable Diffusion 1", (320, 1024): "Stable Diffusion 2"}
-    return kinds.get((config.unet.model_channels, config.unet.context_dim), "another model's sizes")
+    """What people call a model with these sizes, as the beginning of a line."""
+    kinds = {(320, 768): "Stable Diffusion 1, ", (320, 1024): "Stable Diffusion 2, "}
+    return kinds.get((config.unet.model_channels, config.unet.context_dim), "")
 
 
 def _first_that_fits(source: Source) -> tuple[ModelConfig, str]:

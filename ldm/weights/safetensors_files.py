@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ldm.weights.arrays import BFLOAT16, Arrays, ArraysInFile, cast, make_entry
+from ldm.weights.arrays import BFLOAT16, Arrays, ArraysInFile, make_entry
 
 DTYPES = {
     "F32": np.float32, "F16": np.float16, "F64": np.float64, "I8": np.int8, "I16": np.int16, "I32": np.int32,
@@ -55,10 +55,8 @@ def read_safetensors(path: Path) -> ArraysInFile:
     return ArraysInFile(file, entries)
 
 
-def write_safetensors(
-    file: BinaryIO, weights: Arrays, dtype: np.dtype | None = None, metadata: dict[str, str] | None = None
-) -> None:
-    """Write arrays one after the other, all cast to `dtype` where one is given.
+def write_safetensors(file: BinaryIO, weights: Arrays, metadata: dict[str, str] | None = None) -> None:
+    """Write arrays one after the other.
 
     Raises ValueError for a dtype that cannot be stored.
     """
@@ -66,9 +64,9 @@ def write_safetensors(
     header: dict = {"__metadata__": metadata} if metadata else {}
     start = 0
     # the large kinds first, as the library has them: every array lies at a multiple of its kind's size
-    order = sorted(weights, key=lambda name: -(dtype or weights.dtype(name)).itemsize)
+    order = sorted(weights, key=lambda name: -weights.dtype(name).itemsize)
     for name in order:
-        kind = dtype or weights.dtype(name)
+        kind = weights.dtype(name)
         if kind not in names:
             raise ValueError(f"{name!r}: an array of dtype {kind} cannot be stored")
         end = start + math.prod(weights.shape(name)) * kind.itemsize
@@ -82,4 +80,4 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in order:
-        file.write(np.ascontiguousarray(cast(weights[name], dtype)).reshape(-1).view(np.uint8))
+        file.write(np.ascontiguousarray(weights[name]).reshape(-1).view(np.uint8))

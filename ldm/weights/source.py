@@ -31,6 +31,7 @@ class Source:
         global_step: how long the model was trained, where the file says so.
         files: that the weights are read from.
         config: of the model, once it is known; `known_by` says how.
+        is_stated: whether it was said by what lies beside the weights, what the UNet predicts above all.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Source:
     global_step: int | None = None
     config: ModelConfig | None = None
     known_by: str = ""
+    is_stated: bool = False
 
 
 def is_diffusers_folder(path: Path) -> bool:

@@ -5,6 +5,7 @@ of diffusers.
 """
 
 import hashlib
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,7 @@ import numpy as np
 
 from ldm.config import ModelConfig
 from ldm.files import appears_whole, folder_appears_whole
-from ldm.weights.arrays import BFLOAT16, Arrays, ArraysInMemory, cast
+from ldm.weights.arrays import BFLOAT16, Arrays, ArraysInMemory, Made, Renamed, cast
 from ldm.weights.diffusers_folder import WEIGHT_FILES, as_diffusers, folder_files
 from ldm.weights.digests import record_digests
 from ldm.weights.layouts import STABILITY, as_named_in
@@ -30,6 +31,10 @@ METADATA = {"format": "pt"}  # which older readers of diffusers want
 class Tensors(ArraysInMemory):
     """Tensors and arrays; on a CPU a tensor's own memory, no copy."""
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        value = self._arrays[name]
+        return tuple(value.shape) if isinstance(value, ms.Tensor) else np.asarray(value).shape
+
     def dtype(self, name: str) -> np.dtype:
         value = self._arrays[name]
         return CKPT_DTYPES[str(value.dtype)] if isinstance(value, ms.Tensor) else np.asarray(value).dtype
@@ -37,6 +42,28 @@ class Tensors(ArraysInMemory):
     def __getitem__(self, name: str) -> np.ndarray:
         value = self._arrays[name]
         return value.asnumpy() if isinstance(value, ms.Tensor) else np.asarray(value)
+
+
+class Cast(Renamed):
+    """Arrays that are cast, and whose checksums are noted as they are read, if wanted."""
+
+    def __init__(self, arrays: Arrays, dtype: np.dtype | None, notes_checksums: bool) -> None:
+        super().__init__(arrays, {name: Made([name], arrays.shape(name)) for name in arrays})
+        self._dtype, self._notes, self.checksums = dtype, notes_checksums, {}
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtype or super().dtype(name)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        values = cast(super().__getitem__(name), self._dtype)
+        if self._notes:
+            self.checksums[name] = checksum_of(values)
+        return values
+
+
+def checksum_of(values: np.ndarray) -> tuple:
+    """Of shape, dtype and bytes."""
+    return values.shape, values.dtype, zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
 
 def format_of(path: Path) -> str:
@@ -91,16 +118,16 @@ def save_weights(  # noqa: PLR0913 (a file is described by many things)
 
 
 def _write_file(file: BinaryIO, arrays: Arrays, dtype: np.dtype | None, is_ckpt: bool, compare: bool) -> str:
-    hashing = _Hashing(file)
+    hashing, arrays = _Hashing(file), Cast(arrays, dtype, compare)
     if is_ckpt:
-        write_ckpt(hashing, ((name, cast(arrays[name], dtype)) for name in arrays))
+        write_ckpt(hashing, ((name, arrays[name]) for name in arrays))
     else:
-        write_safetensors(hashing, arrays, dtype, METADATA)
+        write_safetensors(hashing, arrays, METADATA)
     if compare:
         file.flush()
         written = read_file(Path(file.name))
-        for name in arrays:
-            if written[name].tobytes() != cast(arrays[name], dtype).tobytes():
+        for name, checksum in arrays.checksums.items():
+            if checksum_of(written[name]) != checksum:
                 raise ValueError(
                     f"{name} was not read back as it was written: is the disk or memory damaged?"
                 )

@@ -114,11 +114,13 @@ def make(kind: str, path: Path) -> None:
         with open(path, "wb") as file:
             write_ckpt(file, weights().items())
     elif kind in ("safetensors", "bfloat16"):
-        from ldm.weights.arrays import BFLOAT16, ArraysInMemory
+        from ldm.weights.arrays import BFLOAT16, ArraysInMemory, cast
         from ldm.weights.safetensors_files import write_safetensors
 
+        dtype = BFLOAT16 if kind == "bfloat16" else None
+        arrays = {name: cast(values, dtype) for name, values in weights().items()}
         with open(path, "wb") as file:
-            write_safetensors(file, ArraysInMemory(weights()), BFLOAT16 if kind == "bfloat16" else None)
+            write_safetensors(file, ArraysInMemory(arrays))
     elif kind == "torch":  # as torch.save writes it
         torch_archive(path, state_dictionary())
     elif kind == "lightning":

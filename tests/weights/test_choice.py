@@ -43,8 +43,9 @@ def test_every_version_has_its_configuration():
 
 @pytest.mark.parametrize("version", ["1.5", "2.0"])
 def test_a_file_is_known_by_its_shapes(version):
-    config, known_by = choose_config(full_size(version))
-    assert config == read_model_config(VERSIONS[version].model_config)
+    source = choose_config(full_size(version))
+    known_by = source.known_by
+    assert not source.is_stated and source.config == read_model_config(VERSIONS[version].model_config)
     assert (
         f"by {VERSIONS[version].model_config}; predicts the noise (epsilon), which no single file" in known_by
     )
@@ -54,9 +55,11 @@ def test_a_file_is_known_by_its_shapes(version):
 def test_what_is_given_wins_and_must_fit():
     source = full_size("2.0")
     for version in ("2.0-v", "2.1", "2.1-v"):
-        assert choose_config(source, version=version)[0] == read_model_config(VERSIONS[version].model_config)
+        assert choose_config(source, version=version).config == read_model_config(
+            VERSIONS[version].model_config
+        )
     own = "configs/train_dreambooth_sd_v2_768_v.yaml"
-    assert choose_config(source, own, version="1.5")[0].image_size == 768  # the YAML before the version
+    assert choose_config(source, own, version="1.5").config.image_size == 768  # the YAML before the version
     for given in ({"version": "1.5"}, {"given": "configs/train_dreambooth_sd_v1.yaml"},
                   {"given": "configs/train_dreambooth_tiny.yaml"}):  # fmt: skip
         with pytest.raises(ConfigError, match="does not match .*; configs/train_dreambooth_sd_v2.yaml fits"):
@@ -64,8 +67,8 @@ def test_what_is_given_wins_and_must_fit():
 
 
 def test_the_mark_of_v_prediction():
-    config, known_by = choose_config(full_size("2.0", v_pred=np.zeros(0, np.float32)))
-    assert config.noise_schedule.prediction_type == "v_prediction" and "768_v.yaml" in known_by
+    source = choose_config(full_size("2.0", v_pred=np.zeros(0, np.float32)))
+    assert source.config.noise_schedule.prediction_type == "v_prediction" and "768_v.yaml" in source.known_by
 
 
 def test_a_checkpoint_of_a_run_is_known_by_the_run(tmp_path):
@@ -78,7 +81,8 @@ def test_a_checkpoint_of_a_run_is_known_by_the_run(tmp_path):
         SHALLOW, noise_schedule=dataclasses.replace(SHALLOW.noise_schedule, prediction_type="v_prediction")
     )
     (tmp_path / "effective_config.json").write_text(json.dumps({"model": dataclasses.asdict(predicts_v)}))
-    assert choose_config(open_weights(tmp_path / "dreambooth_epoch_1.ckpt"))[0] == predicts_v
+    source = choose_config(open_weights(tmp_path / "dreambooth_epoch_1.ckpt"))
+    assert source.config == predicts_v and source.is_stated
     save_weights(weights, tmp_path / "another.ckpt")  # which the run did not write
     with pytest.raises(ConfigError, match="no configuration in configs/ fits"):
         choose_config(open_weights(tmp_path / "another.ckpt"))

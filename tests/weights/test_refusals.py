@@ -156,4 +156,4 @@ def test_another_noise_schedule_in_a_file(tmp_path):
             with pytest.raises(ConfigError, match="trained with another noise schedule"):
                 choose_config(source, str(tmp_path / "model.json"))
         else:
-            assert choose_config(source, str(tmp_path / "model.json"))[0] == SHALLOW
+            assert choose_config(source, str(tmp_path / "model.json")).config == SHALLOW
