@@ -20,7 +20,7 @@ SAMPLER_NAMES = ("plms", "ddim", "dpm_solver", "dpm_solver_pp", "uni_pc")
 DEVICES = ("auto", "Ascend", "CPU")
 SAVE_FORMATS = ("mindspore", "safetensors", "stability", "diffusers")
 SAVE_DTYPES = ("float32", "float16", "bfloat16")
-VERSION_HELP = "Stable Diffusion version: the YAML and the published file in models/ [by the file, 2.0]"
+VERSION_HELP = "1.4, 1.5, 2.0, 2.0-v, 2.1 or 2.1-v: chooses YAML and published file in models/ [by the file]"
 
 
 def option(  # noqa: PLR0913 (a field says a lot)
@@ -56,7 +56,7 @@ def value_option(default, group: str, text: str, **more):
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Fine-tune Stable Diffusion 2 on a few images of one subject (DreamBooth, arXiv 2208.12242)."""
+    """Fine-tune Stable Diffusion on a few images of one subject (DreamBooth, arXiv 2208.12242)."""
 
     EXAMPLE: ClassVar[str] = (
         'python train_dreambooth.py --instance_data_dir=my_dog --instance_prompt="a photo of sks dog" \\\n'

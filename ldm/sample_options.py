@@ -20,7 +20,7 @@ from ldm.versions import VERSIONS, official_file, version_from_environment
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Generate images from prompts with a Stable Diffusion 2 checkpoint."""
+    """Generate images from prompts with a Stable Diffusion checkpoint, 1.4 to 2.1, of any format."""
 
     EXAMPLE: ClassVar[str] = (
         'python text_to_image.py --prompt="a sks dog on the hill" '

@@ -70,9 +70,11 @@ def config_of_folder(configs: Mapping[str, dict], folder: Path) -> ModelConfig:
         raise ConfigError(f"{folder}: this is {kind}; give a text-to-image model")
     for part, keys in ONLY.items():
         for key, values in keys.items():
-            if key in configs[part] and configs[part][key] not in values:
-                found = json.dumps(configs[part][key])
-                raise ConfigError(f"{folder}: {part} has {key} {found}, this program's networks {values[0]}")
+            found = configs[part].get(key, values[0])
+            if not all(value in values for value in (found if isinstance(found, list) else [found])):
+                raise ConfigError(
+                    f"{folder}: {part} has {key} {json.dumps(found)}, this program's networks {values[0]}"
+                )
     try:
         return check_model_config(_read_configs(unet, vae, text, noise, _pads_with_end(configs)), str(folder))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -98,21 +100,21 @@ def _read_configs(unet: dict, vae: dict, text: dict, noise: dict, pads_with_end:
     downsampling = 2 ** (len(vae_widths) - 1)
     steps, act = noise.get("num_train_timesteps", 1000), text.get("hidden_act", "quick_gelu")
     return ModelConfig(
-        image_size=unet.get("sample_size") * downsampling if unet.get("sample_size") else 512,
+        image_size=(_one(unet.get("sample_size")) or 512 // downsampling) * downsampling,
         use_fp16=False,
         unet=UNetConfig(
             in_channels=unet.get("in_channels", 4),
             out_channels=unet.get("out_channels", 4),
             model_channels=widths[0],
             channel_mult=tuple(_whole(width, widths[0]) for width in widths),
-            num_res_blocks=unet.get("layers_per_block", 2),
+            num_res_blocks=_one(unet.get("layers_per_block", 2)),
             attention_resolutions=tuple(2**level for level, attending in enumerate(attends) if attending),
             head_channels=sizes.pop() or None,
             num_heads=None if isinstance(heads, list) else heads,
-            context_dim=unet.get("cross_attention_dim", 1280),
+            context_dim=_one(unet.get("cross_attention_dim", 1280)),
             norm_groups=unet.get("norm_num_groups", 32),
             dropout=float(unet.get("dropout", 0.0)),
-            use_linear_projection=unet.get("use_linear_projection", False),
+            use_linear_projection=bool(unet.get("use_linear_projection", False)),
             upcast_attention=bool(unet.get("upcast_attention", False)),
         ),
         autoencoder=AutoencoderConfig(
@@ -140,6 +142,15 @@ def _read_configs(unet: dict, vae: dict, text: dict, noise: dict, pads_with_end:
             prediction_type=noise.get("prediction_type", "epsilon"),
         ),
     )
+
+
+def _one(value):
+    """A value that may be given for each level, all the same."""
+    if isinstance(value, list):
+        if len({str(item) for item in value}) != 1:
+            raise ValueError(f"{value} differs from level to level")
+        return value[0]
+    return value
 
 
 def _whole(width: int, base: int) -> int:

@@ -40,6 +40,7 @@ INERT = {
     "numpy._core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray", "_codecs.encode",
     "__builtin__.set", "builtins.set", "__builtin__.dict", "builtins.dict", "__builtin__.list",
     "builtins.list", "collections.defaultdict", "collections.Counter", "torch.Size", "typing.Any",
+    "torch.device", "torch.float32", "torch.float16", "pathlib.PosixPath", "pathlib.WindowsPath",
     "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig", "omegaconf.nodes.AnyNode",
     "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata",
 }  # fmt: skip
