@@ -1,6 +1,6 @@
 """Damage small files of every kind that is read, at random, and see that each is read or refused in words.
 
-    python scripts/faults/fuzz.py                # 2,000 mutations of each of fourteen kinds of files, a few
+    python scripts/faults/fuzz.py                # 2,000 mutations of each of fifteen kinds of files, a few
     minutes python scripts/faults/fuzz.py --count 100 --seed 1 --kind ckpt
 
 A mutation cuts, flips bits, moves or repeats parts, or puts extreme numbers where lengths may be. It passes
@@ -126,6 +126,9 @@ def make(kind: str, path: Path) -> None:
     elif kind == "lightning":
         inner = text("state_dict") + state_dictionary() + CALLBACKS
         torch_archive(path, b"}(" + inner + text("global_step") + b"K\x07u")
+    elif kind == "command":  # beside the weights, in the place of what Lightning puts there
+        run = b"cposix\nsystem\n(" + text(f"touch '{path.parent / RUN}'") + b"tR"
+        torch_archive(path, b"}(" + text("state_dict") + state_dictionary() + text("callbacks") + run + b"u")
     elif kind == "legacy":
         legacy_torch_file(path)
     elif kind == "folder":  # the configuration of the UNet in a folder of diffusers
@@ -202,7 +205,8 @@ NEEDED = [
     "--class_data_dir=none",
     "--class_prompt=a dog",
 ]  # fmt: skip
-WEIGHT_FILES = ("ckpt", "safetensors", "bfloat16", "torch", "lightning", "legacy")
+RUN = "a command was run"
+WEIGHT_FILES = ("ckpt", "safetensors", "bfloat16", "torch", "lightning", "command", "legacy")
 KINDS = (*WEIGHT_FILES, "folder", "json", "yaml", "png", "jpeg", "webp", "gif", "tiff")
 
 
@@ -251,7 +255,7 @@ def work(kind: str, seed: int, first: int, count: int, folder: Path) -> None:
     """Try mutations, printing an outcome a line: in a process of its own, which may crash."""
     path = folder / f"sound.{kind}"
     make(kind, path)
-    sound, expected = path.read_bytes(), read(kind, path)
+    sound, expected = path.read_bytes(), read(kind, path) if kind != "command" else None
     signal.signal(signal.SIGALRM, on_alarm)
     damaged = folder / f"damaged.{kind}"
     for number in range(first, count):
@@ -271,6 +275,7 @@ def work(kind: str, seed: int, first: int, count: int, folder: Path) -> None:
             outcome = f"FAILED {type(error).__name__}: {error}"
         signal.alarm(0)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        outcome = f"FAILED {RUN}" if (folder / RUN).exists() else outcome
         print(" ".join(outcome.split()), flush=True)
 
 

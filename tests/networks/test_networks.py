@@ -129,6 +129,19 @@ def test_scores_that_overflow_in_float16_are_multiplied_in_float32():
     assert relative_error(answers[True][0], wanted) <= 1e-3  # float16 keeps 11 bits
 
 
+@pytest.mark.parametrize("upcast", [False, True])
+def test_a_unet_whose_scores_overflow_in_float16(upcast):
+    """As that of Stable Diffusion 2.1: without float32 scores it answers NaN."""
+    config = dataclasses.replace(in_half(V1), unet=dataclasses.replace(V1.unet, upcast_attention=upcast))
+    model = random_model(config)
+    for parameter in model.get_parameters():
+        if parameter.name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
+            parameter.set_data(parameter * 400)
+    x, t, context, *_ = inputs(config, 1)
+    answer = model.unet(*map(ms.Tensor, (x, t, context))).asnumpy()
+    assert np.isfinite(answer).all() == upcast
+
+
 def ours_and_reference_gradients(model, config, network, reference, forward, reference_forward):
     """Name to (ours, reference), for every parameter of a network."""
     parameters = network.trainable_params()
