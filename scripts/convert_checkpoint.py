@@ -75,11 +75,17 @@ def convert(options: argparse.Namespace) -> None:
 
 def format_to_write(target: Path, to: str | None) -> str:
     """What a target becomes, which is not there yet. Raises ValueError or FileExistsError."""
-    from ldm.weights.writing import format_of
+    from ldm.weights.writing import SUFFIXES, format_of
 
     if target.exists():
         raise FileExistsError(f"{target}: exists already; give another name or remove it")
-    return to or {"safetensors": "stability"}.get(kind := format_of(target), kind)
+    if to is None:
+        return {"safetensors": "stability"}.get(kind := format_of(target), kind)
+    if to != "diffusers" and target.suffix != SUFFIXES[to]:
+        raise ValueError(f"{target}: must end with {SUFFIXES[to]} for --to {to}")
+    if to == "diffusers" and target.suffix in SUFFIXES.values() and target.suffix:
+        raise ValueError(f"{target}: --to diffusers makes a folder: give a name without {target.suffix}")
+    return to
 
 
 def write(arrays: Arrays, config: ModelConfig, target: Path, to: str | None, dtype: str) -> None:
@@ -89,7 +95,9 @@ def write(arrays: Arrays, config: ModelConfig, target: Path, to: str | None, dty
     to = format_to_write(target, to)
     with progress_bar("writing", unit="array")(len(arrays)) as bar:
         checked = Checked(arrays, DTYPES[dtype], bar.update)
-        save_weights(checked, target, True, to=to, config=config, compare=True, replace=False)
+        # what is recorded in a run's folder is the run's own, and goes with its older checkpoints
+        record = not any((target.parent / name).exists() for name in ("run.json", "effective_config.json"))
+        save_weights(checked, target, record, to=to, config=config, compare=True, replace=False)
     print(f"{target}: {len(arrays)} parameters, {to}, {dtype}")
 
 

@@ -30,7 +30,7 @@ def weights_of_state(options: argparse.Namespace) -> None:
     from ldm.weights.layouts import fit
 
     format_to_write(options.target, options.to)
-    folder = options.state.parent if options.state.name == "state.ckpt" else options.state
+    folder = (options.state.parent if options.state.name == "state.ckpt" else options.state).resolve()
     state = read_state(folder)
     averaged = " averaged" if options.base_was_averaged else ""
     base = open_weights(options.base, options.variant, options.base_was_averaged)

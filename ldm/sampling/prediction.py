@@ -25,7 +25,7 @@ def looks_like(model: LatentDiffusion, config: ModelConfig) -> str:
     AUTOMATIC1111's program asks the same with constant latents.
 
     Returns:
-        `epsilon` or `v_prediction`.
+        `epsilon`, `v_prediction`, or `neither` where the answer is no picture at all.
     """
     x = stream(0, IMAGE, 0).standard_normal((1, config.unet.in_channels, SIDE, SIDE)).astype(np.float32)
     context = np.zeros((1, config.text_encoder.context_length, config.unet.context_dim), np.float32)
@@ -36,6 +36,8 @@ def looks_like(model: LatentDiffusion, config: ModelConfig) -> str:
         prediction = model.unet(*map(ms.Tensor, inputs)).asnumpy()
     finally:
         ms.set_context(mode=mode)
+    if not np.isfinite(prediction).all() or not prediction.std():
+        return "neither"
     return "epsilon" if np.corrcoef(x.ravel(), prediction.ravel())[0, 1] > 0.5 else "v_prediction"
 
 
@@ -46,6 +48,12 @@ def check_prediction(model: LatentDiffusion, source: Source) -> None:
     config = source.config
     said = config.noise_schedule.prediction_type
     if source.is_stated or (found := looks_like(model, config)) == said:
+        return
+    if found == "neither":
+        text = (
+            "%s: the UNet answers NaN, or all the same: damaged weights, or float16 without upcast_attention"
+        )
+        logger.warning(text, source.path)
         return
     other = other_prediction(config)
     logger.warning(

@@ -68,7 +68,13 @@ class Entry:
 
 
 class ArraysInFile(Arrays):
-    """Name to array; every access reads that array from the file, into memory of its own."""
+    """Name to array; every access reads that array from the file, into memory of its own.
+
+    Attributes:
+        metadata: texts that the file holds beside them.
+    """
+
+    metadata: dict[str, str] = {}
 
     def __init__(self, file: BinaryIO, entries: Mapping[str, Entry]) -> None:
         self._file, self._entries = file, entries

@@ -61,7 +61,8 @@ def load_weights(
     try:
         fill(parameters, fitted, source)
     except ValueError:
-        if kind := what_it_is(arrays):
+        is_whole = _differences(shapes, fitted).keys() <= {"not of this model"}
+        if not is_whole and (kind := what_it_is(arrays)):
             raise ValueError(f"{source}: {kind}") from None
         raise
     logger.info(
@@ -84,7 +85,9 @@ def require_match(shapes: Mapping[str, tuple[int, ...]], fitted: Arrays, whole: 
     examples; or with what `whole`, the file, is instead.
     """
     if wrong := _differences(shapes, fitted):
-        raise ValueError(f"{source}: {what_it_is(whole) or _does_not_match(wrong)}")
+        # a whole model with something more is that, whatever the rest may be
+        is_whole = wrong.keys() <= {"not of this model"}
+        raise ValueError(f"{source}: {(not is_whole and what_it_is(whole)) or _does_not_match(wrong)}")
 
 
 def _differences(shapes: Mapping[str, tuple[int, ...]], arrays: Arrays) -> dict[str, list[str]]:

@@ -10,11 +10,13 @@ import numpy as np
 from ldm.config import ConfigError, ModelConfig, model_config_from, read_mapping, read_model_config
 from ldm.schedule import NoiseSchedule
 from ldm.versions import VERSIONS, configurations
+from ldm.weights.arrays import Arrays
 from ldm.weights.diffusers_folder import config_of_folder
 from ldm.weights.digests import recorded_digests
-from ldm.weights.recognition import Shapes, key_shapes, what_it_is
+from ldm.weights.recognition import POSITIONS, Shapes, key_shapes, what_it_is
 from ldm.weights.source import Source, open_weights
 
+LAST_NORM = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.beta"
 PREDICTIONS = {"epsilon": "the noise (epsilon)", "v_prediction": "v (v_prediction)"}
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def choose_config(source: Source, given: str = "auto", version: str | None = Non
         config, given = _first_that_fits(source)
     _require_schedule(source, config, given)
     prediction = PREDICTIONS[config.noise_schedule.prediction_type]
-    assumed = "" if stated else ", which no single file says of itself"
+    assumed = "" if stated else ", which no single file is bound to say: if wrong, give -v or a YAML"
     known_by = f"{name_of(config)}by {given}; predicts {prediction}{assumed}"
     return dataclasses.replace(source, config=config, known_by=known_by, is_stated=stated is not None)
 
@@ -87,15 +89,49 @@ def name_of(config: ModelConfig) -> str:
 
 def _first_that_fits(source: Source) -> tuple[ModelConfig, str]:
     shapes = Shapes(source.arrays)
-    fitting = [(config, name) for name in configurations() if shapes.fit(config := read_model_config(name))]
+    all_there = [(read_model_config(name), name) for name in configurations()]
+    fitting = [(config, name) for config, name in all_there if shapes.fit(config)]
     if not fitting:
-        reason = (
-            what_it_is(source.arrays) or "no configuration in configs/ fits it; give one with --model_config"
+        raise ConfigError(f"{source.path}: {what_it_is(source.arrays) or _nearest(shapes, all_there)}")
+    for version in VERSIONS.values():
+        if version.file == source.path.name:
+            fitting.sort(key=lambda fit: fit[1] != version.model_config)
+            return fitting[0]
+    hinted, why = hinted_prediction(source.arrays, shapes)
+    if hinted is None:
+        return fitting[0]
+    alike = [fit for fit in fitting if fit[0].noise_schedule.prediction_type == hinted]
+    if not alike:
+        raise ConfigError(
+            f"{source.path}: predicts {PREDICTIONS[hinted]}, by {why}, which no configuration of its "
+            f"sizes does: give one with --model_config"
         )
-        raise ConfigError(f"{source.path}: {reason}")
-    if "v_pred" in source.arrays:  # a mark that some programs write
-        fitting.sort(key=lambda fit: fit[0].noise_schedule.prediction_type != "v_prediction")
-    return fitting[0]
+    return alike[0][0], f"{alike[0][1]}, for {why}"
+
+
+def _nearest(shapes: Shapes, known: list[tuple[ModelConfig, str]]) -> str:
+    """Why none fits: what is different from the one that differs least."""
+    differences = [(list(shapes.differences(config)), name) for config, name in known]
+    different, name = min(differences, key=lambda found: len(found[0]))
+    return (
+        f"no configuration in configs/ fits it, the nearest is {name}: {different[0]}; give one with "
+        f"--model_config, if the file is whole"
+    )
+
+
+def hinted_prediction(arrays: Arrays, shapes: Shapes) -> tuple[str | None, str]:
+    """What a single file of Stable Diffusion 2 lets one suspect of its UNet's prediction, and by what."""
+    said = getattr(arrays, "metadata", {}).get("modelspec.prediction_type")  # of kohya's trainers
+    if said in ("epsilon", "v", "v_prediction"):
+        return ("epsilon" if said == "epsilon" else "v_prediction"), "what its metadata says"
+    if "v_pred" in arrays:
+        return "v_prediction", "the mark v_pred in it"
+    found = shapes.entries(LAST_NORM)
+    if not found or arrays.shape(found[0]) != (320,) or shapes.of(POSITIONS) != (77, 1024):
+        return None, ""
+    # ComfyUI's rule for published models: in those that predict v these 320 numbers spread more
+    spread = float(np.asarray(arrays[found[0]], np.float64).std())
+    return ("v_prediction" if spread > 0.09 else "epsilon"), f"the spread {spread:.3f} of a norm in it"
 
 
 def other_prediction(config: ModelConfig) -> str | None:

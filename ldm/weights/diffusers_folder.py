@@ -24,6 +24,8 @@ WEIGHT_FILES = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
+WORDS = 49408  # of CLIP's vocabulary
+BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 # What this program's networks have no place for: key -> the values that change nothing.
 ONLY = {
     "unet": {
@@ -68,6 +70,12 @@ def config_of_folder(configs: Mapping[str, dict], folder: Path) -> ModelConfig:
         raise ConfigError(f"{folder}: this is an unCLIP or another model; give a text-to-image model")
     if kind := KINDS.get(unet.get("in_channels", 4)):
         raise ConfigError(f"{folder}: this is {kind}; give a text-to-image model")
+    words = text.get("vocab_size", WORDS)
+    if words != WORDS:
+        what = "words were added to it" if words > WORDS else "a model of another language"
+        raise ConfigError(
+            f"{folder}: its text encoder knows {words} tokens, the tokenizer {WORDS}: {what}; not read"
+        )
     for part, keys in ONLY.items():
         for key, values in keys.items():
             found = configs[part].get(key, values[0])
@@ -79,7 +87,8 @@ def config_of_folder(configs: Mapping[str, dict], folder: Path) -> ModelConfig:
         return check_model_config(_read_configs(unet, vae, text, noise, _pads_with_end(configs)), str(folder))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, ConfigError):
-            raise
+            text = str(error).removeprefix(f"{folder}: ")
+            raise ConfigError(f"{folder}: {text}") from None
         raise ConfigError(
             f"{folder}: its configurations are not as diffusers writes them ({error!r})"
         ) from None
@@ -87,12 +96,19 @@ def config_of_folder(configs: Mapping[str, dict], folder: Path) -> ModelConfig:
 
 def _read_configs(unet: dict, vae: dict, text: dict, noise: dict, pads_with_end: bool) -> ModelConfig:
     widths = unet.get("block_out_channels", (320, 640, 1280, 1280))
+    for key in ("down_block_types", "up_block_types"):
+        if unknown := set(unet.get(key, ())) - set(BLOCKS):
+            raise ConfigError(
+                f"unet has blocks {', '.join(sorted(unknown))}, this program {', '.join(BLOCKS)}"
+            )
     down = unet.get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
     attends = [{"CrossAttnDownBlock2D": True, "DownBlock2D": False}[kind] for kind in down]
     up = unet.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
     if [{"CrossAttnUpBlock2D": True, "UpBlock2D": False}[kind] for kind in up] != attends[::-1]:
         raise ValueError("up_block_types")
     heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)
+    if isinstance(heads, list) and len(set(heads)) == 1:
+        heads = heads[0] if len(heads) > 1 else heads
     sizes = {width // count for width, count in zip(widths, heads)} if isinstance(heads, list) else {0}
     if len(sizes) != 1:
         raise ValueError("attention_head_dim")
@@ -100,7 +116,7 @@ def _read_configs(unet: dict, vae: dict, text: dict, noise: dict, pads_with_end:
     downsampling = 2 ** (len(vae_widths) - 1)
     steps, act = noise.get("num_train_timesteps", 1000), text.get("hidden_act", "quick_gelu")
     return ModelConfig(
-        image_size=(_one(unet.get("sample_size")) or 512 // downsampling) * downsampling,
+        image_size=_sample_size(unet, 512 // downsampling) * downsampling,
         use_fp16=False,
         unet=UNetConfig(
             in_channels=unet.get("in_channels", 4),
@@ -142,6 +158,13 @@ def _read_configs(unet: dict, vae: dict, text: dict, noise: dict, pads_with_end:
             prediction_type=noise.get("prediction_type", "epsilon"),
         ),
     )
+
+
+def _sample_size(unet: dict, default: int) -> int:
+    """Of the latents. Less than 64 from diffusers before 0.9 means 64, as its own pipeline has it."""
+    size, version = _one(unet.get("sample_size")) or default, str(unet.get("_diffusers_version", ""))
+    is_older = version.startswith(tuple(f"0.{minor}." for minor in range(9)))
+    return max(size, 64) if is_older else size
 
 
 def _one(value):

@@ -1,11 +1,13 @@
 """`checkpoints.sha256`: the SHA-256 of the files in a folder, as they were written."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from ldm.files import write_text
 
 DIGESTS = "checkpoints.sha256"
+LINE = re.compile(r"(\S+) [ *](.+)")  # as sha256sum writes it, of text or binary files
 
 
 def recorded_digests(folder: Path) -> dict[str, str]:
@@ -14,7 +16,8 @@ def recorded_digests(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines) if name}
+    found = (LINE.fullmatch(line) for line in lines)
+    return {match[2]: match[1] for match in found if match}
 
 
 def record_digests(folder: Path, digests: Mapping[str, str]) -> None:
@@ -23,4 +26,9 @@ def record_digests(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
-    write_text(folder / DIGESTS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
+    """Write them all; lines of another kind, say comments of the user's, stay."""
+    path = folder / DIGESTS
+    there = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = [line for line in there if not LINE.fullmatch(line)]
+    lines += [f"{digest}  {name}" for name, digest in sorted(digests.items())]
+    write_text(path, "".join(f"{line}\n" for line in lines))

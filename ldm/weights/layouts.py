@@ -63,6 +63,9 @@ def common_spelling(name: str) -> str:
             name = new + name.removeprefix(old)
     # transformers 5.6 and later, and very old ones
     name = FLAT_CLIP.sub(r"\1text_model.", name)
+    if name.startswith("first_stage_model.") and ".mid.attn_1.to_" in name:  # as diffusers names them
+        for new, old in {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
+            name = name.replace(f".mid.attn_1.{new}.", f".mid.attn_1.{old}.")
     if name.startswith("vae/") and ".attentions." in name:
         name = replace_parts(name, VAE_PARTS_OF_2022)
     return name
@@ -138,6 +141,8 @@ def _other_spelling(name: str) -> str:
 
 def joined_shape(arrays: Arrays, names: list[str]) -> tuple[int, ...]:
     first, *rest = arrays.shape(names[0]), *names[1:]
+    if not first or not all(map(arrays.shape, rest)):  # a number, which nothing is joined to
+        return ()
     return (first[0] + sum(arrays.shape(name)[0] for name in rest), *first[1:]) if rest else first
 
 
@@ -180,6 +185,9 @@ def _unused_kinds(needed: Iterable[str], averaged: set[str]) -> dict[str, Callab
         ),
         "of the VAE's training": lambda name: name.startswith(("loss.", "first_stage_model.loss.")),
         "of a safety checker": lambda name: name.startswith("safety_checker"),
+        "of other programs, never read": lambda name: (
+            name.startswith(("embedding_manager.", "denoiser.", "lora_te_")) or name == "embedding_manager"
+        ),
     }
 
 

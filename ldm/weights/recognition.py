@@ -61,12 +61,17 @@ class Shapes:
         self.own = {common_spelling(name): name for name in arrays}
         self.is_open_clip = f"{CLIP}embeddings.token_embedding.weight" not in self.own
 
-    def of(self, name: str, config: ModelConfig | None = None) -> tuple[int, ...] | None:
-        """None where the file has no such parameter."""
+    def entries(self, name: str, config: ModelConfig | None = None) -> list[str] | None:
+        """The entries that are an official parameter; None where the file has no such one."""
         if self.layout == DIFFUSERS and config is None:
             return None
         parts = [self.own.get(part) for part in names_in(self.layout, name, config, self.is_open_clip)]
-        return None if None in parts else joined_shape(self.arrays, parts)
+        return None if None in parts else parts
+
+    def of(self, name: str, config: ModelConfig | None = None) -> tuple[int, ...] | None:
+        """None where the file has no such parameter."""
+        parts = self.entries(name, config)
+        return parts and joined_shape(self.arrays, parts)
 
     def fit(self, config: ModelConfig) -> bool:
         return not any(self.differences(config))
@@ -117,7 +122,7 @@ def _kinds_by_name(arrays: Arrays) -> Iterator[tuple[bool, str]]:
     yield is_transformer, f"this is Stable Diffusion 3, Flux or another transformer; {IMAGE_MODELS}"
     is_word = {"string_to_param", "emb_params", "clip_l"} & set(arrays) or _are_words(arrays)
     yield bool(is_word), f"this is a textual inversion, a word for a model and no model; {IMAGE_MODELS}"
-    of_vae = {"encoder", "decoder", "quant_conv", "post_quant_conv", "loss", "first_stage_model"}
+    of_vae = {"encoder", "decoder", "quant_conv", "post_quant_conv", "loss", "first_stage_model", "model_ema"}
     is_vae = begins <= of_vae and {"encoder", "first_stage_model"} & begins and not has("encoder.layers.")
     yield bool(is_vae), f"this is a VAE alone; {IMAGE_MODELS}"
     part = "one file of a diffusers folder; give the folder that holds unet/, vae/ and text_encoder/"

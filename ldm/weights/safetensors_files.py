@@ -43,16 +43,20 @@ def read_safetensors(path: Path) -> ArraysInFile:
     file = open(path, "rb")
     start = 8 + int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(start - 8))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():
         if info["dtype"].startswith(("F8_", "F6_", "F4")):
-            raise ValueError(f"{name!r}: numbers of the kind {info['dtype']} (float8 or less) are not read")
+            raise ValueError(
+                f"{name!r}: numbers of the kind {info['dtype']} (float8) are not read: get it as float16"
+            )
         first, last = info["data_offsets"]
         entries[name] = make_entry(
             name, NUMPY_DTYPES, info["dtype"], tuple(info["shape"]), [(start + first, last - first)]
         )
-    return ArraysInFile(file, entries)
+    result = ArraysInFile(file, entries)
+    result.metadata = metadata or {}
+    return result
 
 
 def write_safetensors(file: BinaryIO, weights: Arrays, metadata: dict[str, str] | None = None) -> None:

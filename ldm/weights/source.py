@@ -76,20 +76,24 @@ def read_file(path: Path) -> Arrays:
     """Name to array of a single file of whatever format. Raises ValueError."""
     with open(path, "rb") as file:
         head = file.read(512)
-    if reason := _what_else(head, path):
+    is_web_page = head.lstrip()[:2] == b'{"'
+    # first, since its first bytes are a number, which may look like the beginning of anything
+    may_be_safetensors = is_safetensors(path) and not is_web_page
+    if not may_be_safetensors and (reason := _what_else(head)):
         raise ValueError(f"{path}: {reason}")
     try:
-        if is_safetensors(path):
+        if may_be_safetensors:
             return read_safetensors(path)
         if not is_torch_file(head):
             return read_ckpt(path)
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a readable weight file ({reason}); get it again") from None
+        advice = "" if "not read" in reason or "not supported" in reason else "; get it again"
+        raise ValueError(f"{path}: not a readable weight file ({reason}){advice}") from None
     return read_torch_file(path)
 
 
-def _what_else(head: bytes, path: Path) -> str | None:
+def _what_else(head: bytes) -> str | None:
     """What a file that begins so is, if it has no weights."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not head:
@@ -118,7 +122,7 @@ def _compare_digest(path: Path) -> None:
     if recorded and sha256_of(path) != recorded:
         raise ValueError(
             f"{path}: not what was written, its SHA-256 differs from the one in {DIGESTS}; it is "
-            f"damaged or was replaced"
+            f"damaged, or was replaced: if you did that, remove its line there"
         )
     published = re.search(r"-(?!\d{8})([0-9a-f]{8})\.ckpt$", path.name)  # eight decimal digits are a date
     if published and not recorded and not (digest := sha256_of(path)).startswith(published[1]):
@@ -173,9 +177,9 @@ def _files_of(folder: Path, base: str, variant: str | None) -> list[Path]:
     names = sorted(found)
     chosen = variant if variant in found else "" if "" in found else names[0]
     if chosen != variant and (variant or (chosen and len(names) > 1)):
-        if chosen:
+        if chosen and len(names) > 1:
             raise ValueError(f"{folder}: has the variants {', '.join(names)}: choose one with --variant")
-        logger.warning("%s: has no variant %s, the plain weights are taken", folder, variant)
+        logger.warning("%s: has no variant %s; taken: %s", folder, variant, chosen or "the plain weights")
     (_, is_index), path = min(found[chosen].items())
     return _shards(path) if is_index else [path]
 

@@ -30,6 +30,7 @@ STORAGES = {
     "BoolStorage": np.bool_,
 }  # fmt: skip
 LARGEST_PICKLE = 64 * 2**20  # bytes; the one of Stable Diffusion 2's UNet has 0.1 MB
+LARGEST_RANK = 8  # axes of a tensor
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # PyTorch's magic number, pickled
 # What stands beside `state_dict` in published files and in those of PyTorch Lightning.
 INERT = {
@@ -42,7 +43,10 @@ INERT = {
     "builtins.list", "collections.defaultdict", "collections.Counter", "torch.Size", "typing.Any",
     "torch.device", "torch.float32", "torch.float16", "pathlib.PosixPath", "pathlib.WindowsPath",
     "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig", "omegaconf.nodes.AnyNode",
-    "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata",
+    "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata", "omegaconf.nodes.StringNode",
+    "omegaconf.nodes.IntegerNode", "omegaconf.nodes.FloatNode", "omegaconf.nodes.BooleanNode",
+    "torch.bfloat16", "torch.nn.modules.container.ParameterDict",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
 }  # fmt: skip
 NEWER_NUMBERS = {"torch._utils._rebuild_tensor_v3", "torch.storage.UntypedStorage"}
 
@@ -159,12 +163,28 @@ class _Unpickler(pickle._Unpickler):
 
     def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
+        if function is OrderedDict and arguments:  # PyTorch makes empty ones, and fills them
+            raise ValueError("the pickle copies a dictionary")
         if function in (OrderedDict, _tensor, _parameter):
             self.append(function(*arguments))
         elif isinstance(function, _Inert):
             self.append(_Inert())
         else:
             raise ValueError("the pickle calls what is no function: refused, and not run")
+
+    def load_setitem(self) -> None:
+        self._check_key(self.stack[-2])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        for key in self.stack[::2]:
+            self._check_key(key)
+        super().load_setitems()
+
+    def _check_key(self, key) -> None:
+        """Tuples within tuples take for ever to hash."""
+        if not isinstance(key, (str, int, _Inert)):
+            raise ValueError("a key of a dictionary is neither a name nor a number")
 
     def load_build(self) -> None:
         """An object's attributes (of a dictionary the versions of modules): not needed."""
@@ -176,6 +196,7 @@ class _Unpickler(pickle._Unpickler):
         code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in OPERATIONS)
     }
     dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]], dispatch[pickle.SETITEMS[0]] = load_setitem, load_setitems
     dispatch[pickle.REDUCE[0]] = dispatch[pickle.NEWOBJ[0]] = load_reduce
 
 
@@ -185,8 +206,12 @@ def _tensor(storage, offset, shape, stride, *_) -> _Tensor:
     """
     if not isinstance(storage, _Storage):
         raise ValueError("a tensor without a storage")
+    if not all(isinstance(sides, tuple) and len(sides) <= LARGEST_RANK for sides in (shape, stride)):
+        raise ValueError("a tensor of a shape that is none")
     numbers = [offset, *shape, *stride]
-    if len(shape) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if not all(isinstance(number, int) and abs(number) < 2**63 for number in numbers):
+        raise ValueError("a tensor of a shape that is none")
+    if len(shape) != len(stride) or min(numbers) < 0:
         raise ValueError(f"a tensor of shape {shape} and stride {stride}")
     tensor = _Tensor(storage, offset, tuple(shape), tuple(stride))
     if tensor.reach() > storage.count or math.prod(shape) > storage.count:
@@ -218,10 +243,18 @@ def read_torch_file(path: Path) -> TorchFile:
         content = _legacy_content(file) if is_legacy else _archive_content(path, file)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: not a PyTorch ZIP archive, or damaged ({error})") from None
+    except KeyError as error:
+        what = error.args[0] if error.args and isinstance(error.args[0], str) else "an unusual operation"
+        raise ValueError(
+            f"{path}: not a readable PyTorch file ({what}): save it again with torch.save's own protocol, or "
+            f"get the model as safetensors"
+        ) from None
     except Exception as error:  # a damaged pickle raises whatever its next operation finds
         raise ValueError(
             f"{path}: not a readable PyTorch file ({str(error) or type(error).__name__})"
         ) from None
+    if isinstance(content, Mapping) and "string_to_param" in content:
+        raise ValueError(f"{path}: this is a textual inversion, a word for a model and no model")
     step = content.get("global_step") if isinstance(content, Mapping) else None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]

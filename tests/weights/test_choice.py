@@ -46,9 +46,8 @@ def test_a_file_is_known_by_its_shapes(version):
     source = choose_config(full_size(version))
     known_by = source.known_by
     assert not source.is_stated and source.config == read_model_config(VERSIONS[version].model_config)
-    assert (
-        f"by {VERSIONS[version].model_config}; predicts the noise (epsilon), which no single file" in known_by
-    )
+    assert f"by {VERSIONS[version].model_config}" in known_by
+    assert "predicts the noise (epsilon), which no single file is bound to say" in known_by
     assert known_by.startswith("Stable Diffusion " + version[0])
 
 
@@ -67,6 +66,20 @@ def test_what_is_given_wins_and_must_fit():
 
 
 def test_the_mark_of_v_prediction():
+    """And of a file that the spread of a norm, its metadata or its published name tells of."""
+    norm = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    spread = np.tile(np.float32([-0.2, 0.2]), 160)
+    for values, wanted in ((spread, "v_prediction"), (spread / 10, "epsilon")):
+        source = choose_config(full_size("2.0", **{norm: values}))
+        assert source.config.noise_schedule.prediction_type == wanted and "the spread 0." in source.known_by
+    source = full_size("2.0", **{norm: spread})
+    source.arrays.metadata = {"modelspec.prediction_type": "epsilon"}
+    assert choose_config(source).config.noise_schedule.prediction_type == "epsilon"
+    for version in ("2.0", "2.0-v", "2.1", "2.1-v"):
+        named = dataclasses.replace(full_size("2.0"), path=ROOT / "models" / VERSIONS[version].file)
+        assert choose_config(named).config == read_model_config(VERSIONS[version].model_config)
+    with pytest.raises(ConfigError, match="predicts v .*, by the mark v_pred in it"):
+        choose_config(full_size("1.5", v_pred=np.zeros(0, np.float32)))
     source = choose_config(full_size("2.0", v_pred=np.zeros(0, np.float32)))
     assert source.config.noise_schedule.prediction_type == "v_prediction" and "768_v.yaml" in source.known_by
 

@@ -95,6 +95,23 @@ def test_other_spellings_of_the_text_encoder(tmp_path, given, spelled):
     assert_loads(tmp_path / "model.safetensors", config, weights)
 
 
+def test_the_vaes_attention_as_diffusers_names_it(tmp_path, given):
+    """In a single file, as matrices: converters since 2023 write it so."""
+    config, weights = given
+    spelled, renamed = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}, {}
+    for name, value in single_file(config, weights).items():
+        for old, new in spelled.items():
+            if f".mid.attn_1.{old}." in name:
+                name, value = (
+                    name.replace(f".{old}.", f".{new}."),
+                    value.flatten(1) if value.ndim == 4 else value,
+                )
+        renamed[name] = value.clone()
+    assert sum(".mid.attn_1.to_" in name for name in renamed) == 16
+    save_file(renamed, tmp_path / "model.safetensors")
+    assert_loads(tmp_path / "model.safetensors", config, weights)
+
+
 def test_stable_diffusion_2_with_the_text_encoder_of_transformers(tmp_path):
     """As some trainers save it."""
     weights = weights_as_arrays(random_model(SHALLOW))
@@ -131,7 +148,8 @@ def extras(config) -> dict[str, torch.Tensor]:
         "first_stage_model.loss.logvar": torch.ones(()),
         f"cond_stage_model.model.transformer.resblocks.{layers}.ln_1.weight": torch.ones(48),
         f"cond_stage_model.transformer.text_model.encoder.layers.{layers}.mlp.fc1.bias": torch.ones(48),
-        "safety_checker.vision_model.weight": torch.ones(3),
+        "safety_checker.vision_model.weight": torch.ones(3), "embedding_manager.a": torch.ones(3),
+        "denoiser.sigmas": torch.ones(3),
     }  # fmt: skip
 
 
@@ -271,6 +289,9 @@ def test_variants(tmp_path, given):
     assert_loads(folder, config, weights)
     assert_loads(folder, config, {k: v + 1 for k, v in weights.items()}, variant="fp16")
     assert_loads(folder, config, weights, variant="bf16")
+    (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
+    # of the VAE only fp16 is left: it is taken, whatever was asked for
+    assert open_weights(folder, variant="bf16").arrays["vae/encoder.conv_in.weight"].size
     path = folder / "unet/diffusion_pytorch_model.safetensors"
     path.rename(path.with_name("diffusion_pytorch_model.non_ema.safetensors"))
     with pytest.raises(ValueError, match="unet: has the variants fp16, non_ema: choose one with --variant"):

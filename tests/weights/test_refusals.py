@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ldm.config import ConfigError, ModelConfig
 from ldm.weights.choice import choose_config
-from ldm.weights.diffusers_folder import folder_files
+from ldm.weights.diffusers_folder import config_of_folder, folder_files
 from ldm.weights.source import open_weights
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
@@ -46,6 +46,8 @@ ENTRIES = {
     "Flux": ({"double_blocks.0.img_attn.proj.weight": (4, 4)}, "this is Stable Diffusion 3, Flux or another"),
     "textual inversion": ({"emb_params": (2, 768)}, "this is a textual inversion"),
     "word of diffusers": ({"<cat-toy>": (768,)}, "this is a textual inversion"),
+    "VAE with averages": ({"encoder.conv_in.weight": (4, 3, 3, 3), "decoder.conv_in.weight": (4, 4, 3, 3),
+                           "model_ema.decay": ()}, "this is a VAE alone"),
     "VAE": ({"encoder.conv_in.weight": (4, 3, 3, 3), "decoder.conv_in.weight": (4, 4, 3, 3)},
          "this is a VAE alone"),
     "UNet of a folder": ({"conv_in.weight": (4,), "down_blocks.0.a": (4,), "up_blocks.0.a": (4,)},
@@ -54,7 +56,7 @@ ENTRIES = {
                                  "this is a text encoder alone, .* give the folder"),
     "another vocabulary": ({f"{TEXT}transformer.embedding_table": (21128, 768)},
          "knows 21128 tokens.*wukong"),
-    "something else": ({"a": (3,)}, "no configuration in configs/ fits it"),
+    "something else": ({"a": (3,)}, "no configuration in configs/ fits it, the nearest is .* is missing"),
 }  # fmt: skip
 
 
@@ -104,6 +106,11 @@ OF_FOLDERS = {
     "sample": ("scheduler/scheduler_config.json", {"prediction_type": "sample"},
          "prediction_type must be epsilon"),
     "FLUX's VAE": ("vae/config.json", {"shift_factor": 0.1}, "vae has shift_factor 0.1"),
+    "another language": ("text_encoder/config.json", {"vocab_size": 32000},
+                         "32000 tokens.* another language"),
+    "added words": ("text_encoder/config.json", {"vocab_size": 49409}, "49409 tokens.* words were added"),
+    "other blocks": ("unet/config.json", {"down_block_types": ["SimpleCrossAttnDownBlock2D"]},
+                     "unet has blocks SimpleCrossAttnDownBlock2D, this program CrossAttnDownBlock2D"),
     "unlike blocks": ("unet/config.json", {"up_block_types": ["UpBlock2D", "UpBlock2D"]},
          "not as diffusers writes"),
     "no number": ("unet/config.json", {"block_out_channels": "many"}, "not as diffusers writes"),
@@ -117,6 +124,34 @@ def test_folders_of_other_models(tmp_path, kind):
     change(folder / file, **values)
     with pytest.raises(ConfigError, match=rf"^[^\n]*model: [^\n]*{wanted}[^\n]*$"):
         choose_config(open_weights(folder))
+
+
+def test_values_for_each_level_and_old_sample_sizes(tmp_path):
+    folder = a_folder(tmp_path / "model", SHALLOW)
+    same = {
+        "layers_per_block": [1, 1],
+        "cross_attention_dim": [48, 48],
+        "transformer_layers_per_block": [1, 1],
+    }
+    change(folder / "unet/config.json", **same)
+    assert config_of_folder(open_weights(folder).configs, folder) == SHALLOW
+    change(folder / "unet/config.json", attention_head_dim=[2, 2])
+    assert config_of_folder(open_weights(folder).configs, folder).unet.num_heads == 2
+    change(folder / "unet/config.json", sample_size=32, _diffusers_version="0.8.0")
+    assert config_of_folder(open_weights(folder).configs, folder).image_size == 64 * 2
+    change(folder / "unet/config.json", sample_size=32, _diffusers_version="0.10.2")
+    assert config_of_folder(open_weights(folder).configs, folder).image_size == 32 * 2
+
+
+def test_safetensors_whose_beginning_looks_like_a_pickle(tmp_path):
+    """The first bytes are the header's length."""
+    for length in range(1, 2000):
+        save_file({"a" * length: torch.zeros(1)}, tmp_path / "model.safetensors")
+        if (tmp_path / "model.safetensors").read_bytes()[:2] == b"\x80\x02":
+            break
+    else:
+        pytest.fail("no such file was made")
+    assert list(open_weights(tmp_path / "model.safetensors").arrays) == ["a" * length]
 
 
 def test_a_folder_and_a_configuration_that_say_different_things(tmp_path):

@@ -193,6 +193,40 @@ def test_bombs(tmp_path):
         read_torch_file(path)
 
 
+def nested(levels: int) -> bytes:
+    """A tuple of two of the one before, and so on: a few bytes each, twice as long to print or to hash."""
+    start = b"K\x01K\x01\x86"
+    return start + b"".join(
+        b"q" + bytes([100 + n]) + b"h" + bytes([100 + n]) + b"\x86" for n in range(levels)
+    )
+
+
+def test_tuples_that_unfold(tmp_path):
+    """As the shape of a tensor, and as a key: 2^60 numbers from 300 bytes."""
+    sound = with_tensors(("0", 6, 0, (2, 3), (3, 1)))
+    shape = sound.index(b"K\x02K\x03\x86")
+    with_shape = sound[:shape] + nested(60) + sound[shape + 5 :]
+    with_key = b"\x80\x02}" + nested(60) + b"K\x01s."
+    copied = b"\x80\x02ccollections\nOrderedDict\n}\x85R."
+    for content, wanted in (
+        (with_shape, "a tensor of a shape that is none"),
+        (with_key, "neither a name nor a number"),
+        (copied, "copies a dictionary"),
+    ):
+        with pytest.raises(ValueError, match=wanted) as error:
+            read_torch_file(archive(tmp_path / "a.bin", content, **{"0": bytes(24)}))
+        assert len(str(error.value)) < 300
+
+
+def test_other_protocols_and_words(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt", pickle_protocol=4)
+    with pytest.raises(ValueError, match="an unusual operation.: save it again"):
+        read_torch_file(tmp_path / "a.pt")
+    torch.save({"string_to_param": {"*": torch.ones(1, 768)}, "name": "cat"}, tmp_path / "cat.pt")
+    with pytest.raises(ValueError, match="this is a textual inversion"):
+        read_torch_file(tmp_path / "cat.pt")
+
+
 def test_what_is_no_such_file(tmp_path):
     path = tmp_path / "a.bin"
     for content in (b"", b"hello", pickled({"a": 1})):

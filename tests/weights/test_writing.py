@@ -13,9 +13,10 @@ from convert_checkpoint import main
 from omegaconf import OmegaConf
 
 from ldm.networks.latent_diffusion import build_model
+from ldm.run.checkpoints import remove_old_checkpoints
 from ldm.weights import writing
 from ldm.weights.checkpoint import load_checkpoint
-from ldm.weights.digests import recorded_digests
+from ldm.weights.digests import record_digests, recorded_digests
 from ldm.weights.writing import save_weights
 
 TARGETS = {
@@ -90,6 +91,34 @@ def test_the_format_follows_from_the_name(tmp_path, start, capsys):
     assert {"a.safetensors", "b.ckpt", "c/unet/diffusion_pytorch_model.safetensors"} < names.keys()
     subprocess.run(["sha256sum", "--check", "--quiet", "checkpoints.sha256"], cwd=tmp_path, check=True)
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.ckpt", "c", "checkpoints.sha256"]
+
+
+def test_what_is_converted_into_a_runs_folder_is_not_the_runs(tmp_path, start):
+    """It is neither removed with the run's older checkpoints nor taken for what the run made."""
+    folder, _, weights = start
+    run = tmp_path / "run"
+    save_weights(weights, run / "dreambooth_epoch_1.ckpt", record=True)
+    (run / "run.json").write_text("{}")
+    for name in ("dreambooth_epoch_1.safetensors", "dreambooth_epoch_1"):
+        convert(folder, run / "dreambooth_epoch_1.ckpt", run / name)
+    save_weights(weights, run / "dreambooth_epoch_5.ckpt", record=True)
+    assert remove_old_checkpoints(run, "epoch_5", 1) == [run / "dreambooth_epoch_1.ckpt"]
+    assert (run / "dreambooth_epoch_1.safetensors").is_file() and (run / "dreambooth_epoch_1/unet").is_dir()
+
+
+def test_a_name_that_contradicts_the_format_is_refused(tmp_path, start, capsys):
+    folder, *_ = start
+    for name, to in (("a.safetensors", "mindspore"), ("a.ckpt", "stability"), ("a.ckpt", "diffusers")):
+        with pytest.raises(SystemExit):
+            convert(folder, folder / "start.ckpt", tmp_path / name, "--to", to)
+        assert name in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_lines_of_the_user_in_the_list_of_digests_stay(tmp_path):
+    (tmp_path / "checkpoints.sha256").write_text("# mine\n" + "0" * 64 + " *binary.bin\n")
+    record_digests(tmp_path, {"a.ckpt": "1" * 64})
+    assert (tmp_path / "checkpoints.sha256").read_text().startswith("# mine\n")
+    assert recorded_digests(tmp_path) == {"binary.bin": "0" * 64, "a.ckpt": "1" * 64}
 
 
 def test_what_float16_cannot_hold_is_refused(tmp_path, start, capsys):
