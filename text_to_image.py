@@ -11,7 +11,7 @@ import numpy as np
 from ldm import images
 from ldm.command_line import Ending, parse_options, progress_bar, start_logging
 from ldm.config import ConfigError
-from ldm.device import start_device
+from ldm.device import log_device, start_device
 from ldm.run.compile_cache import CompileCache
 from ldm.sample_options import SampleOptions
 from ldm.weights.choice import open_model
@@ -22,7 +22,7 @@ logger = logging.getLogger("text_to_image")
 
 def main(argv: list[str] | None = None) -> None:
     with Ending("text_to_image.py"):
-        options = parse_options(SampleOptions, argv)
+        options = parse_options(SampleOptions, argv).kept_apart()
         start_logging(options.log_level)
         source = open_model(options)
         config = source.config
@@ -30,13 +30,16 @@ def main(argv: list[str] | None = None) -> None:
         config.check_size(H=options.H, W=options.W)
         prompts = read_prompts(options)
         # imports mindspore, which a typing error need not wait for
-        start_device(options.device, options.mode)
+        start_device(options.device, options.mode, options.deterministic)
+        source = source.on_this_device(options.precision, options.force_precision)
+        log_device(source.config.precision)
         facts = {
+            "attention": options.flash_attention,
             "n": options.n_samples,
             "size": (options.H, options.W),
             "guidance": options.guidance_scale == 1,
         }
-        graphs = CompileCache.open(options.caches_graphs, facts | {"config": config})
+        graphs = CompileCache.open(options.caches_graphs, facts | {"config": source.config})
         output = Path(os.path.abspath(options.output_path))  # a link stays one
         (output / "samples").mkdir(parents=True, exist_ok=True)
         generate_and_save(options, prompts, load_pipeline(options, source), output, graphs)
@@ -65,7 +68,7 @@ def load_pipeline(options: SampleOptions, source: Source) -> Callable[..., np.nd
     from ldm.sampling.prediction import check_prediction
     from ldm.weights.checkpoint import load_checkpoint
 
-    model = build_model(source.config)
+    model = build_model(source.config, fuses_attention=options.flash_attention != "off")
     load_checkpoint(model, source, options.use_ema_weights)
     check_prediction(model, source)
     return text_to_image.TextToImage(model, source.config)

@@ -44,18 +44,19 @@ class Plan:
 def main(argv: list[str] | None = None) -> None:
     stop = StopSignals()
     with Ending("train_dreambooth.py", can_be_resumed=True) as ending:
-        options = parse_options(TrainOptions, argv)
-        from ldm.device import start_device
+        options = parse_options(TrainOptions, argv).kept_apart()
+        from ldm.device import log_device
         from ldm.ranks import check_launch, join
         from ldm.run.folder import RunFolder
-        from ldm.weights.choice import open_model
+        from ldm.weights.choice import open_on_device
 
         check_launch(options.use_parallel)
-        source = open_model(options)
-        options = replace(options.for_model(source.config), device=start_device(options.device, options.mode))
+        options, source = open_on_device(options)
+        options = options.for_model(source.config)
         ranks = join(options.device, options.use_parallel)  # in which msrun's scheduler serves, and exits
         ending.joined(ranks.rank, ranks.size)
         folder = RunFolder.open(options, ranks)
+        log_device(options.precision)
         if work := plan(options, source, folder, ranks):
             train(work, folder, prepare(work, folder, ranks), ranks, stop)
 
@@ -66,7 +67,7 @@ def plan(options: TrainOptions, source: Source, folder: RunFolder, ranks: Ranks)
     from ldm.run.recipe import origin_of
     from ldm.training.progress import Progress
     from ldm.training.samples import load_instance_images
-    from ldm.training.trainer import count_values, settle_recompute
+    from ldm.training.trained import count_values, settle_recompute
 
     start, config = folder.find_start(), source.config
     images = load_instance_images(Path(options.instance_data_dir))
@@ -77,7 +78,7 @@ def plan(options: TrainOptions, source: Source, folder: RunFolder, ranks: Ranks)
     if start.is_done(progress.total_updates) and not start.changes(origin):
         return logger.info(progress.nothing_to_do())
     say_what_is_new(options.warmup_steps, config.unet.dropout)
-    model = build_model(config)
+    model = build_model(config, fuses_attention=options.flash_attention != "off")
     values = count_values(model, options.train_text_encoder)
     folder.warn_if_disk_is_too_small(values, progress.checkpoints_to_come(start.global_step), start)
     recompute = settle_recompute(options.recompute, values.trained, config.unet.dropout)
@@ -136,7 +137,6 @@ def train(work: Plan, folder: RunFolder, inputs: Inputs, ranks: Ranks, stop: Sto
                 graphs.mark_complete()
                 recorder.write(report)
                 bar.update()
-                # after the last update there is nothing to stop: the run ends
                 stops = report.global_step < progress.total_updates and stop.requested(ranks)
                 recorder.save_if_due(report.global_step, stops)
                 if stops:

@@ -167,10 +167,10 @@ def parse_options(cls, argv: Sequence[str] | None = None):
     if unknown:
         parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}")
     try:
-        given = _collect(cls, vars(known), "command line")
+        given = collect(cls, vars(known), "command line")
         if "train_config" in cls.__dataclass_fields__:
             path = given.get("train_config", cls.train_config)
-            given = _collect(cls, read_mapping(path), str(path)) | given
+            given = collect(cls, read_mapping(path), str(path)) | given
         options = cls(**given)
         options.check()
     except ConfigError as error:
@@ -178,7 +178,7 @@ def parse_options(cls, argv: Sequence[str] | None = None):
     return options
 
 
-def _collect(cls, given: dict, source: str) -> dict:
+def collect(cls, given: dict, source: str) -> dict:
     """`given` converted to the types of `cls`; a key that `cls` lacks is an error."""
     specs = {spec.name: spec for spec in dataclasses.fields(cls)}
     names = {name: name for name in specs}

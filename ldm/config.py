@@ -22,6 +22,7 @@ PROGRAM = Path(__file__).resolve().parents[1]
 LARGEST_CONFIGURATION = 2**20  # bytes
 # fields that came with Stable Diffusion 1 and 2.1: a state of before has not got them
 SINCE_VERSIONS = {"num_heads", "use_linear_projection", "upcast_attention", "activation", "padding"}
+PRECISIONS = ("auto", "float32", "float16", "bfloat16")
 logger = logging.getLogger(__name__)
 
 
@@ -110,20 +111,26 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that fixes the three networks. `use_fp16`: float16 compute on float32 weights."""
+    """All that fixes the three networks.
+
+    `precision`: what they compute in, on float32 weights: float32, float16 or bfloat16; `auto`: what suits
+    the device (ldm.device.settle_precision).
+    """
 
     image_size: int
-    use_fp16: bool
     unet: UNetConfig
     autoencoder: AutoencoderConfig
     text_encoder: TextEncoderConfig
     noise_schedule: ScheduleConfig
+    precision: str = "auto"
 
     def facts(self) -> dict:
         """All values, but for those that newer versions of this program know and that are as they always
-        were.
+        were. Saved states know the precision as `use_fp16`.
         """
         values = dataclasses.asdict(self)
+        if values["precision"] != "bfloat16":
+            values["use_fp16"] = values.pop("precision") == "float16"
         for part, cls in (("unet", UNetConfig), ("text_encoder", TextEncoderConfig)):
             for spec in dataclasses.fields(cls):
                 if spec.name in SINCE_VERSIONS and values[part][spec.name] == spec.default:
@@ -276,6 +283,8 @@ def check_model_config(config: ModelConfig, source: str) -> ModelConfig:
         (text.padding not in ("zero", "end"), "text_encoder: padding must be zero or end"),
         (text.width % text.heads != 0,
         f"text_encoder: width {text.width} does not divide into {text.heads} heads"),
+        (config.precision not in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}, "
+        f"got {config.precision}"),
         (config.noise_schedule.prediction_type not in ("epsilon", "v_prediction"),
         "noise_schedule: prediction_type must be epsilon or v_prediction"),
         (config.image_size % config.size_multiple != 0,
@@ -289,7 +298,15 @@ def check_model_config(config: ModelConfig, source: str) -> ModelConfig:
 
 
 def model_config_from(given: dict, source: str) -> ModelConfig:
-    """A model configuration from nested values, as `dataclasses.asdict` gives them. Raises ConfigError."""
+    """A model configuration from nested values, as `dataclasses.asdict` gives them; `use_fp16`, True or
+    False, may stand for `precision`. Raises ConfigError.
+    """
+    if isinstance(given, dict) and "use_fp16" in given:
+        is_half = parse_value(given["use_fp16"], bool, f"{source}: use_fp16")
+        implied = {"precision": "float16" if is_half else "float32"}
+        if given.get("precision", implied["precision"]) != implied["precision"]:
+            raise ConfigError(f"{source}: use_fp16 and precision contradict each other: leave use_fp16 out")
+        given = {key: value for key, value in given.items() if key != "use_fp16"} | implied
     return check_model_config(_build(ModelConfig, given, source), source)
 
 

@@ -1,4 +1,5 @@
-"""MindSpore itself: what must be set before it is imported, its version, and the device that it computes on.
+"""MindSpore itself: what must be set before it is imported, its version, the device that it computes on, and
+in which precision.
 
 `prepare_environment` runs on `import ldm`, since some variables count only before mindspore is imported;
 mindspore itself is imported by `start_device`, so that --help and a typing error need not wait for it.
@@ -7,10 +8,14 @@ mindspore itself is imported by `start_device`, so that --help and a typing erro
 import logging
 import os
 import re
+import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 VERSIONS = {"mindspore": ((2, 7), (2, 11)), "numpy": ((1, 25), (2, 0))}  # from the first to before the second
+FIRST_GENERATION = "ascend910"  # MindSpore's name for the first Ascend 910, whatever its chip is called
+NEWER = ("ascend910b", "ascend910_93")  # the Atlas A2 and A3 training series
 logger = logging.getLogger(__name__)
 
 
@@ -21,12 +26,20 @@ def prepare_environment() -> None:
     os.environ.setdefault("MS_OM_PATH", os.path.join(tempfile.gettempdir(), f"mindspore-{os.getuid()}"))
 
 
-def start_device(device: str, mode: int) -> str:
+def is_dry_run() -> bool:
+    """Whether MindSpore is told to compute nothing (MS_SIMULATION_LEVEL): graphs are compiled for an Ascend,
+    kernels chosen and memory counted, but all results are meaningless.
+    """
+    return bool(os.environ.get("MS_SIMULATION_LEVEL"))
+
+
+def start_device(device: str, mode: int, deterministic: bool | None = None) -> str:
     """Import mindspore and choose the device; returns its name.
 
     Args:
         device: "auto", "Ascend" or "CPU".
         mode: 0 graph mode, 1 PyNative.
+        deterministic: on Ascend the same bits in every run; None: of exchanges between devices only.
 
     Raises:
         ValueError: MindSpore or NumPy is of a version that does not fit, or a forced device is not there.
@@ -37,15 +50,28 @@ def start_device(device: str, mode: int) -> str:
     os.environ["MS_COMPILER_CACHE_ENABLE"] = (
         "0"  # MindSpore's own keys are too few: see ldm/run/compile_cache.py
     )
-    available = _ascend_is_available(ms)
-    if device == "Ascend" and not available:
-        raise ValueError("device Ascend: MindSpore finds no Ascend device here; give --device CPU or auto")
-    chosen = device if device != "auto" else "Ascend" if available else "CPU"
+    reason = "" if device == "CPU" else _why_there_is_no_ascend(ms)
+    if device == "Ascend" and reason:
+        raise ValueError(f"device Ascend: {reason}; or give --device CPU")
+    if device == "auto" and reason and _looks_like_an_ascend_host():
+        logger.warning("this host has an Ascend, but the CPU is used: %s", reason)
+    chosen = "CPU" if device == "CPU" or reason else "Ascend"
     number = [int(os.environ["DEVICE_ID"])] if chosen == "Ascend" and "DEVICE_ID" in os.environ else []
     ms.set_device(chosen, *number)
     ms.set_context(mode=ms.PYNATIVE_MODE if mode else ms.GRAPH_MODE)
-    logger.info("MindSpore %s on %s", ms.__version__, chosen)
+    if chosen == "Ascend":
+        _make_deterministic(ms, deterministic)
     return chosen
+
+
+def log_device(precision: str) -> None:
+    """Say on what the program runs."""
+    where = f"Ascend ({soc() or 'of an unknown family'})" if not is_on_cpu() else "CPU"
+    logger.info("MindSpore %s on %s, precision %s", version("mindspore"), where, precision)
+    if is_dry_run():
+        logger.warning(
+            "MS_SIMULATION_LEVEL: a dry run, which computes nothing; it writes into folders dry_run"
+        )
 
 
 def is_on_cpu() -> bool:
@@ -53,6 +79,99 @@ def is_on_cpu() -> bool:
     import mindspore as ms
 
     return ms.get_context("device_target") == "CPU"
+
+
+def soc() -> str:
+    """MindSpore's name for the family of the Ascend in use: `ascend910` (the first), `ascend910b` (Atlas A2),
+    `ascend910_93` (A3); empty on a CPU, or where this MindSpore does not say.
+
+    Not the name of the chip: the one called Ascend910B, without a digit, is of the first family. In a dry
+    run, in which MindSpore does not say, the variable DRY_RUN_SOC names the chip.
+    """
+    if is_on_cpu():
+        return ""
+    if is_dry_run():
+        return family_of(os.environ.get("DRY_RUN_SOC", "Ascend910B2"))
+    try:
+        from mindspore._c_expression import MSContext
+
+        return MSContext.get_instance().get_ascend_soc_version()
+    except (ImportError, AttributeError, RuntimeError):
+        return ""
+
+
+def family_of(chip: str) -> str:
+    """Of CANN's name of a chip, as MindSpore assigns them."""
+    if re.match(r"Ascend910B\d", chip):
+        return "ascend910b"
+    return "ascend910_93" if chip.startswith("Ascend910_93") else FIRST_GENERATION
+
+
+def has_newer_kernels() -> bool:
+    """Whether MindSpore runs CANN's newer kernels on the device in use, fused attention among them: on Atlas
+    A2 and A3, kernel by kernel. On the first Ascend 910 a graph runs as one (GE), of the older operators.
+    """
+    return soc() in NEWER
+
+
+def default_precision() -> str:
+    """What an Ascend is fast at, as in the 2023 example; float32 on a CPU."""
+    return "float32" if is_on_cpu() else "float16"
+
+
+def settle_precision(asked: str, configured: str, is_forced: bool = False) -> str:
+    """What the networks compute in on this device: float32, float16 or bfloat16; the device is told.
+
+    Args:
+        asked: by an option; "auto": as the model configuration says, and if that is "auto", float16 on an
+            Ascend and float32 on a CPU.
+        is_forced: also where the device does not compute in it.
+
+    Raises:
+        ValueError: the device does not compute in it.
+    """
+    precision = asked if asked != "auto" else configured
+    if precision == "auto":
+        precision = default_precision()
+    reason = None if is_forced else _why_not(precision)
+    if reason:
+        raise ValueError(f"precision {precision}: {reason}; or force it: --force_precision=True")
+    if not is_on_cpu():
+        _tell_device(precision)
+    return precision
+
+
+def _why_not(precision: str) -> str | None:
+    if precision == "bfloat16" and is_on_cpu():
+        return "MindSpore has hardly any bfloat16 kernel for a CPU; give float32"
+    if soc() != FIRST_GENERATION:
+        return None
+    if precision == "bfloat16":
+        return "the first Ascend 910 does not know it; give float16"
+    if precision == "float32":
+        return (
+            "the first Ascend 910 multiplies in float16 then, too, but without a loss scale and without a "
+            "look at overflows; give float16"
+        )
+    return None
+
+
+def _tell_device(precision: str) -> None:
+    """Kernels compute in the dtypes that the graph says; their defaults differ from version to version."""
+    from mindspore.device_context.ascend import op_precision
+
+    has_float32 = soc() != FIRST_GENERATION
+    keeps = "must_keep_origin_dtype" if has_float32 or precision != "float32" else "allow_fp32_to_fp16"
+    op_precision.precision_mode(keeps)
+    op_precision.conv_allow_hf32(False)
+    op_precision.matmul_allow_hf32(False)
+
+
+def _make_deterministic(ms, deterministic: bool | None) -> None:
+    if deterministic:
+        ms.set_deterministic(True)
+    elif deterministic is None:
+        os.environ.setdefault("HCCL_DETERMINISTIC", "true")
 
 
 def require_versions() -> None:
@@ -72,9 +191,36 @@ def require_versions() -> None:
             raise ValueError(f"{package} {found} does not fit: {required} is needed (README, Dependencies)")
 
 
-def _ascend_is_available(ms) -> bool:
+def _why_there_is_no_ascend(ms) -> str:
+    """Why MindSpore has no Ascend here, and what to do; empty where it has one."""
+    error = _loader_error()
+    if error:
+        return f"MindSpore cannot load CANN ({error}); install it and source its set_env.sh in this shell"
+    if is_dry_run():
+        return ""
     try:
-        return ms.device_context.ascend.device_count() > 0
+        if ms.device_context.ascend.device_count() > 0:
+            return ""
+        return "MindSpore finds no Ascend device here (npu-smi info lists them)"
     except Exception as error:  # no driver: MindSpore raises whatever its loader raised
-        logger.debug("no Ascend: %s", error)
-        return False
+        return f"MindSpore finds no Ascend device here ({_in_a_line(error)})"
+
+
+def _loader_error() -> str:
+    """What MindSpore's loader of the Ascend back end met first, which its log hides."""
+    try:
+        from mindspore._c_expression import MSContext
+
+        lines = MSContext.get_instance().load_plugin_error().strip().splitlines()
+    except (ImportError, AttributeError, RuntimeError):
+        return ""
+    ascend = [line for line in lines if "ascend" in line.lower()]
+    return ascend[0].split(" failed. ")[-1].strip() if ascend else ""
+
+
+def _in_a_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _looks_like_an_ascend_host() -> bool:
+    return Path("/dev/davinci_manager").exists() or bool(shutil.which("npu-smi"))

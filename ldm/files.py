@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from ldm.device import is_dry_run
+
 PARTIAL = re.compile(r"\..+\.(\d+)\.part")
 logger = logging.getLogger(__name__)
 
@@ -118,8 +120,11 @@ def lock(path: Path) -> IO:
 
 
 def cache_folder() -> Path:
-    """Where this program keeps what it can make again: under the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dreambooth-mindspore"
+    """Where this program keeps what it can make again: under the user's cache folder; what a dry run makes,
+    which computes nothing, apart from the rest.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dreambooth-mindspore"
+    return folder / "dry_run" if is_dry_run() else folder
 
 
 def sha256_of(path: Path) -> str:

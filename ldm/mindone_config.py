@@ -46,6 +46,7 @@ def from_mindone(given: Mapping) -> dict:
         ]
         (unet_target, unet), (vae_target, vae), (text_target, text) = parts
         sizes = vae["ddconfig"]
+        is_half = params.get("use_fp16", unet.get("use_fp16"))
         is_v1 = bool(text.get("use_quick_gelu", text.get("width", unet["context_dim"]) == 768))
         prediction = params.get("parameterization", model.get("prediction_type", "eps"))
         wrong = [
@@ -62,7 +63,7 @@ def from_mindone(given: Mapping) -> dict:
                 raise ValueError(what)
         return {
             "image_size": params["image_size"] * 2 ** (len(sizes["ch_mult"]) - 1),  # there of the latents
-            "use_fp16": bool(params.get("use_fp16", unet.get("use_fp16", False))),
+            **({"use_fp16": bool(is_half)} if is_half is not None else {}),
             "unet": {
                 **{key: unet[key] for key in SAME_IN_UNET},
                 "head_channels": unet.get("num_head_channels"),

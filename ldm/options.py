@@ -1,57 +1,31 @@
-"""The options of train_dreambooth.py, and what the fields of an option class say; ldm/sample_options.py has
-the other command's.
-
-A dataclass field is the flag, the key of a configuration file, the type, the default and the help, at once;
-and it says what depends on it. `ldm.command_line` turns flags and files into these objects. Must not import
-mindspore.
-"""
+"""The options of train_dreambooth.py. Must not import mindspore."""
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.config import ConfigError, ModelConfig
+from ldm.config import PRECISIONS, ConfigError, ModelConfig
+from ldm.device import is_dry_run
+from ldm.fields import (
+    DETERMINISTIC_HELP,
+    DEVICES,
+    FLASH_ATTENTION_HELP,
+    FORCE_PRECISION_HELP,
+    LOG_LEVELS,
+    PRECISION_HELP,
+    SAMPLER_NAMES,
+    SAVE_DTYPES,
+    SAVE_FORMATS,
+    VERSION_HELP,
+    check_version,
+    option,
+    refuse_lora,
+    require_weights,
+    run_option,
+    value_option,
+)
 from ldm.versions import VERSIONS, official_file, version_from_environment
-
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-SAMPLER_NAMES = ("plms", "ddim", "dpm_solver", "dpm_solver_pp", "uni_pc")
-DEVICES = ("auto", "Ascend", "CPU")
-SAVE_FORMATS = ("mindspore", "safetensors", "stability", "diffusers")
-SAVE_DTYPES = ("float32", "float16", "bfloat16")
-VERSION_HELP = "1.4, 1.5, 2.0, 2.0-v, 2.1 or 2.1-v: chooses YAML and published file in models/ [by the file]"
-
-
-def option(  # noqa: PLR0913 (a field says a lot)
-    default, group: str, text: str, *, aliases: Sequence[str] = (), choices: Sequence = (), metavar: str = "",
-    least=None, above=None, below=None, shapes_graph: bool = True, changes_result: bool = True,
-):  # fmt: skip
-    """A field with what its flag needs.
-
-    Args:
-        text: for --help, where the default follows in brackets unless the text ends with brackets of its own.
-            Empty: the option is not shown.
-        least, above, below: bounds.
-        shapes_graph: a compiled graph of the training may depend on it; else the graphs are shared.
-        changes_result: the weights that a training ends with depend on it; else it may differ when a run is
-            resumed. Files and folders are False: their contents are compared.
-    """
-    return field(default=default, metadata=dict(
-        group=group, text=text, aliases=aliases, choices=choices, metavar=metavar, least=least, above=above,
-        below=below,
-        shapes_graph=shapes_graph, changes_result=changes_result,
-    ))  # fmt: skip
-
-
-def run_option(default, group: str, text: str, **more):
-    """About the run, not about what is computed; or the path of a file, whose content is compared."""
-    return option(default, group, text, shapes_graph=False, changes_result=False, **more)
-
-
-def value_option(default, group: str, text: str, **more):
-    """A value that graphs take as an input, or that decides which inputs they get."""
-    return option(default, group, text, shapes_graph=False, **more)
 
 
 @dataclass(frozen=True)
@@ -226,6 +200,12 @@ class TrainOptions:
         choices=DEVICES,
         changes_result=False,
     )
+    precision: str = option("auto", "run", PRECISION_HELP, choices=PRECISIONS, changes_result=False)
+    force_precision: bool = run_option(False, "run", FORCE_PRECISION_HELP)
+    flash_attention: str = option(
+        "auto", "run", FLASH_ATTENTION_HELP, choices=("auto", "off"), changes_result=False
+    )
+    deterministic: bool | None = run_option(None, "run", DETERMINISTIC_HELP)
     mode: int = option(
         0,
         "run",
@@ -247,11 +227,18 @@ class TrainOptions:
         if self.random_flip is None:
             object.__setattr__(self, "random_flip", self.random_crop)
 
+    def kept_apart(self) -> "TrainOptions":
+        """In a dry run with folders of its own: what it writes must not be taken for the results of a run."""
+        if not is_dry_run():
+            return self
+        output = Path(self.output_path) / "dry_run"
+        return dataclasses.replace(self, output_path=str(output), class_data_dir=str(output / "class_images"))
+
     def for_model(self, config: ModelConfig) -> "TrainOptions":
         """With what was left to the model filled in. Raises ConfigError for images that it cannot make."""
         size = self.image_size or config.image_size
         config.check_size(image_size=size)
-        return dataclasses.replace(self, image_size=size)
+        return dataclasses.replace(self, image_size=size, precision=config.precision)
 
     def check(self) -> None:
         """Raise ConfigError for combinations that cannot work and for files that are not there."""
@@ -330,20 +317,3 @@ class TrainOptions:
         if is_it and not self.pretrained_model_file:
             return path
         return path if path.is_file() else path / (self.pretrained_model_file or official_file(self.version))
-
-
-def require_weights(path: Path, hint: str) -> None:
-    if not path.exists():
-        raise ConfigError(f"checkpoint {path}: no such file or folder; {hint}")
-
-
-def check_version(version: str | None) -> None:
-    if version not in (None, *VERSIONS):
-        raise ConfigError(f"SD_VERSION must be one of {', '.join(VERSIONS)}, got {version!r}")
-
-
-def refuse_lora(options) -> None:
-    if options.use_lora or options.lora_rank != 4 or getattr(options, "lora_ckpt_path", None):
-        raise ConfigError(
-            "LoRA (use_lora, lora_rank, lora_ckpt_path): not available yet; leave the options out"
-        )

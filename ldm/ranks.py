@@ -84,10 +84,25 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         return bool(self.total(np.array([flag], np.float32))[0])
 
+    def first(self, array: np.ndarray) -> np.ndarray:
+        """Rank 0's float32 array, in all processes."""
+        return self.total(array if self.is_first else np.zeros_like(array))
+
+    def largest(self, value: float) -> float:
+        """The largest of all processes' values, which are 0 or more."""
+        table = np.zeros(self.size, np.float32)
+        table[self.rank] = value
+        return float(self.total(table).max())
+
     def require_equal(self, arrays: Iterable[np.ndarray], what: str) -> None:
         """Raises ValueError, in all processes, where `arrays` are not the same in all of them, bit by bit."""
+        if different := self.differing(arrays):
+            raise ValueError(f"{what} differ between rank 0 and rank {', '.join(map(str, different))}")
+
+    def differing(self, arrays: Iterable[np.ndarray]) -> list[int]:
+        """The ranks whose `arrays` are not those of rank 0, bit by bit; the same list in all processes."""
         if self.size == 1:
-            return
+            return []
         digest = hashlib.sha256()
         for array in arrays:
             digest.update(np.ascontiguousarray(array))
@@ -96,9 +111,7 @@ class Ranks:
         table = np.zeros((self.size, len(mine)), np.float32)
         table[self.rank] = mine
         table = self.total(table)
-        different = [rank for rank in range(self.size) if not np.array_equal(table[rank], table[0])]
-        if different:
-            raise ValueError(f"{what} differ between rank 0 and rank {', '.join(map(str, different))}")
+        return [rank for rank in range(self.size) if not np.array_equal(table[rank], table[0])]
 
 
 ALONE = Ranks()
@@ -138,7 +151,7 @@ def join(device: str, use_parallel: bool) -> Ranks:
     """
     if not use_parallel:
         return ALONE
-    from mindspore import communication, set_auto_parallel_context
+    from mindspore import communication
 
     if device == "CPU":
         # MindSpore's default of 30 seconds is for a peer that computes, not for one that compiles or writes a
@@ -149,10 +162,6 @@ def join(device: str, use_parallel: bool) -> Ranks:
             int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"])
         )
     communication.init()
-    if (
-        device == "Ascend"
-    ):  # gradients travel in pieces of 64 MB while the backward pass goes on (docs/scaling.md; never run)
-        set_auto_parallel_context(comm_fusion={"allreduce": {"mode": "size", "config": 64}})
     return Ranks(communication.get_rank(), communication.get_group_size())
 
 

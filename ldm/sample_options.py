@@ -1,13 +1,18 @@
 """The options of text_to_image.py. Must not import mindspore."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.config import ConfigError, require_file
-from ldm.options import (
+from ldm.config import PRECISIONS, ConfigError, require_file
+from ldm.device import is_dry_run
+from ldm.fields import (
+    DETERMINISTIC_HELP,
     DEVICES,
+    FLASH_ATTENTION_HELP,
+    FORCE_PRECISION_HELP,
     LOG_LEVELS,
+    PRECISION_HELP,
     SAMPLER_NAMES,
     VERSION_HELP,
     check_version,
@@ -87,6 +92,10 @@ class SampleOptions:
     device: str = option(
         "auto", "run", "where to run; auto: Ascend if there is one, else CPU", choices=DEVICES
     )
+    precision: str = option("auto", "run", PRECISION_HELP, choices=PRECISIONS)
+    force_precision: bool = option(False, "run", FORCE_PRECISION_HELP)
+    flash_attention: str = option("auto", "run", FLASH_ATTENTION_HELP, choices=("auto", "off"))
+    deterministic: bool | None = option(None, "run", DETERMINISTIC_HELP)
     mode: int = option(
         0, "run", "0 graph mode, 1 PyNative (for debugging)", aliases=("--ms_mode",), choices=(0, 1)
     )
@@ -97,6 +106,10 @@ class SampleOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "version", self.version or version_from_environment())
+
+    def kept_apart(self) -> "SampleOptions":
+        """In a dry run with a folder of its own, for what it draws is nothing."""
+        return replace(self, output_path=str(Path(self.output_path) / "dry_run")) if is_dry_run() else self
 
     @property
     def model_config(self) -> str:

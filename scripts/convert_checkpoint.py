@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.command_line import Ending, progress_bar, start_logging
 from ldm.config import ModelConfig
-from ldm.options import SAVE_DTYPES, SAVE_FORMATS
+from ldm.fields import SAVE_DTYPES, SAVE_FORMATS
 from ldm.versions import VERSIONS
 from ldm.weights.arrays import Arrays, cast
 from ldm.weights.choice import choose_config

@@ -12,7 +12,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export RANK_SIZE="${RANK_SIZE:-8}" use_parallel=True
-export MS_NODE_TIMEOUT="${MS_NODE_TIMEOUT:-20}" # seconds until msrun notices that a process was killed
+# Seconds until msrun notices that a process was killed; on an Ascend eight compilations at once can hold a heartbeat longer.
+export MS_NODE_TIMEOUT="${MS_NODE_TIMEOUT:-$([[ -e /dev/davinci_manager ]] && echo 120 || echo 20)}"
+# A rank table in the environment (ModelArts) would put all processes of mpirun and msrun on device DEVICE_ID.
+[[ ${launcher:-msrun} == rank_table ]] || unset RANK_TABLE_FILE
 # OpenMPI (4: OMPI, 5: PRTE) would bind each of two processes to a single core.
 export OMPI_MCA_hwloc_base_binding_policy="${OMPI_MCA_hwloc_base_binding_policy:-none}"
 export PRTE_MCA_hwloc_default_binding_policy="${PRTE_MCA_hwloc_default_binding_policy:-none}"

@@ -9,7 +9,7 @@ export ASCEND_GLOBAL_LOG_LEVEL="${ASCEND_GLOBAL_LOG_LEVEL:-3}"
 export ASCEND_SLOG_PRINT_TO_STDOUT="${ASCEND_SLOG_PRINT_TO_STDOUT:-0}"
 # export SD_VERSION=2.1-v chooses the checkpoint in models/ and its configuration; without it 2.0-base is taken
 export RANK_SIZE="${RANK_SIZE:-1}"
-export DEVICE_ID="${DEVICE_ID:-0}"
+[[ -n ${launch_words:-} ]] || export DEVICE_ID="${DEVICE_ID:-0}" # launchers give each process its own
 
 output_path="${output_path:-output/}"
 task_name="${task_name:-txt2img}"

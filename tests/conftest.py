@@ -41,15 +41,14 @@ torch.set_num_threads(2)
 # Two models that differ in widths, depths, levels, heads, norm groups and prediction type.
 SHALLOW = ModelConfig(
     image_size=32,
-    use_fp16=False,
     unet=UNetConfig(4, 4, 32, (1, 2), 1, (1,), 16, 48, norm_groups=8),
     autoencoder=AutoencoderConfig(3, 4, 16, (1, 2), 1, 0.5, norm_groups=4),
     text_encoder=TextEncoderConfig(49408, 77, 48, 3, 2),
     noise_schedule=ScheduleConfig(1000, 0.00085, 0.012, "epsilon"),
+    precision="float32",
 )
 DEEP = ModelConfig(
     image_size=64,
-    use_fp16=False,
     unet=UNetConfig(4, 4, 32, (1, 2, 3), 2, (1, 2), 32, 40, norm_groups=16),
     autoencoder=AutoencoderConfig(3, 4, 24, (1, 2, 2), 2, 0.18215, norm_groups=8),
     text_encoder=TextEncoderConfig(49408, 77, 40, 2, 3),
@@ -138,7 +137,15 @@ def write_pictures(folder: Path, count: int, seed: int = 0, size: tuple[int, int
 
 
 # Files that take minutes, the longest first: two processes then end at about the same time.
-LONG = ("test_demo", "test_ranks", "test_trainer", "test_networks", "test_stopping", "test_states")
+LONG = (
+    "test_demo",
+    "test_ranks",
+    "test_dry_run",
+    "test_trainer",
+    "test_networks",
+    "test_stopping",
+    "test_states",
+)
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -177,4 +184,4 @@ def config(request) -> ModelConfig:
 
 
 def in_half(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, use_fp16=True)
+    return dataclasses.replace(config, precision="float16")

@@ -38,7 +38,7 @@ def main() -> None:
             inputs.batch = batch
             skipped.append(trainer.one_update()[2])
         digest = hashlib.sha256(
-            b"".join(parameter.asnumpy().tobytes() for parameter in trainer.parameters)
+            b"".join(parameter.asnumpy().tobytes() for parameter in trainer.masters.trained)
         ).hexdigest()
         trainer.require_equal_weights()
     print(

@@ -226,7 +226,7 @@ def test_the_models_configuration_of_2023_says_the_same_as_ours(home, caplog):
         read_model_config(ROOT / "configs/train_dreambooth_sd_v2.yaml"),
     )
     assert "in mindone's layout of 2023" in caplog.text
-    assert (old.use_fp16, old.unet.dropout) == (True, 0.1)
+    assert (old.precision, old.unet.dropout) == ("float16", 0.1)
     assert sorted(old.unet.attention_resolutions) == sorted(ours.unet.attention_resolutions)
     for part in ("autoencoder", "text_encoder", "noise_schedule", "image_size"):
         assert getattr(old, part) == getattr(ours, part)

@@ -205,7 +205,7 @@ def test_mistakes_end_with_one_line(place, tmp_path, trained):
         f"--instance_data_dir={tmp_path / 'empty'}": "no images found",
         f"--instance_data_dir={tmp_path / 'text'}": "picture.jpg: not a readable image",
         "--image_size=33": "image_size must be a multiple of 2, got 33",
-        "--device=Ascend": "no Ascend device",
+        "--device=Ascend": "MindSpore cannot load CANN",
         "--output_path=out": "holds dreambooth_epoch_2.ckpt of an earlier run; give another folder, or",
     }
     for flag, wanted in cases.items():

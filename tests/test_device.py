@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from ldm.device import start_device
+from ldm import device
+from ldm.device import family_of, settle_precision, start_device
 
 
 def environment_after(code: str, **given) -> dict:
@@ -41,8 +42,65 @@ def test_importing_the_options_does_not_import_mindspore():
 
 
 def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="no Ascend device"):
+    with pytest.raises(
+        ValueError, match="MindSpore cannot load CANN .libge_runner.so: cannot open .*set_env.sh"
+    ):
         start_device("Ascend", 0)
+
+
+def test_an_ascend_host_without_cann_is_told_why_the_cpu_is_used(monkeypatch, caplog):
+    """Whoever forgot set_env.sh would wait twenty seconds a step without it."""
+    assert start_device("auto", 0) == "CPU" and not caplog.messages
+    monkeypatch.setattr(device, "_looks_like_an_ascend_host", lambda: True)
+    assert start_device("auto", 0) == "CPU"
+    (message,) = caplog.messages
+    assert (
+        "this host has an Ascend, but the CPU is used: MindSpore cannot load CANN (libge_runner.so" in message
+    )
+    assert start_device("CPU", 0) == "CPU" and len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    "chip, family",
+    [
+        ("Ascend910B2", "ascend910b"),
+        ("Ascend910_9391", "ascend910_93"),
+        ("Ascend910A", "ascend910"),
+        ("Ascend910ProB", "ascend910"),
+        ("Ascend910B", "ascend910"),  # without a digit a chip of the first generation
+    ],
+)
+def test_the_family_of_a_chip(chip, family):
+    assert family_of(chip) == family
+
+
+@pytest.mark.parametrize(
+    "family, asked, configured, expected",
+    [
+        ("", "auto", "auto", "float32"),
+        ("", "auto", "float16", "float16"),
+        ("", "float32", "float16", "float32"),
+        ("", "bfloat16", "auto", "hardly any bfloat16 kernel for a CPU"),
+        ("ascend910", "auto", "auto", "float16"),
+        ("ascend910", "auto", "float32", "multiplies in float16 then, too, but without a loss scale"),
+        ("ascend910", "bfloat16", "auto", "does not know it; give float16"),
+        ("ascend910b", "auto", "auto", "float16"),
+        ("ascend910b", "auto", "float32", "float32"),
+        ("ascend910b", "bfloat16", "float32", "bfloat16"),
+    ],
+)
+def test_the_precision_is_the_devices_unless_it_is_said(family, asked, configured, expected, monkeypatch):
+    told = []
+    monkeypatch.setattr(device, "is_on_cpu", lambda: not family)
+    monkeypatch.setattr(device, "soc", lambda: family)
+    monkeypatch.setattr(device, "_tell_device", told.append)
+    if expected in ("float32", "float16", "bfloat16"):
+        assert settle_precision(asked, configured) == expected and told == [expected] * bool(family)
+        return
+    with pytest.raises(ValueError, match=f"{expected}.*--force_precision"):
+        settle_precision(asked, configured)
+    forced = settle_precision(asked, configured, is_forced=True)
+    assert forced == (asked if asked != "auto" else configured)
 
 
 @pytest.mark.parametrize("package, found, fits", [

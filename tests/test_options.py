@@ -10,7 +10,8 @@ from conftest import ROOT, write_pictures
 
 from ldm.command_line import parse_options
 from ldm.config import ConfigError, read_mapping, read_model_config
-from ldm.options import SAMPLER_NAMES, TrainOptions
+from ldm.fields import SAMPLER_NAMES
+from ldm.options import TrainOptions
 from ldm.sample_options import SampleOptions
 
 REFERENCE_DEFAULTS = dict(
@@ -259,6 +260,7 @@ def test_what_depends_on_an_option_is_said_by_its_field():
         "epochs",
     }
     run = {"resume", "allow_changed_options", "callback_size", "log_level", "version"}
-    machine = {"device", "mode", "compile_cache", "use_parallel"}
+    machine = {"device", "mode", "compile_cache", "use_parallel", "flash_attention", "deterministic"}
+    machine |= {"precision", "force_precision"}  # the model configuration is compared, with what it became
     assert free == files | batches | saving | run | machine
     assert TrainOptions().training_facts().keys() == {f.name for f in dataclasses.fields(TrainOptions)} - free

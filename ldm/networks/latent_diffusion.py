@@ -1,10 +1,13 @@
 """The three networks under their checkpoint names."""
 
+from dataclasses import replace
+
 import mindspore as ms
 from mindspore import nn
 from mindspore.nn.utils import no_init_parameters
 
 from ldm.config import ModelConfig
+from ldm.device import default_precision
 from ldm.networks.autoencoder import AutoencoderKL
 from ldm.networks.layer_set import LayerSet, layers_of_this_device
 from ldm.networks.text_encoder import TextEncoder
@@ -52,15 +55,21 @@ class LatentDiffusion(nn.Cell):
 
 
 def build_model(
-    config: ModelConfig, initialise: bool = False, layers: LayerSet | None = None
+    config: ModelConfig,
+    initialise: bool = False,
+    layers: LayerSet | None = None,
+    fuses_attention: bool = True,
 ) -> LatentDiffusion:
     """The networks in inference mode: without values, for a checkpoint to fill, or with random ones
     (`initialise`).
 
     Args:
-        layers: what they are built of; None: the layers of the device, in the configuration's compute dtype.
+        layers: what they are built of; None: the layers of the device, in the configuration's precision.
+        fuses_attention: by one kernel, where the device has it.
     """
-    layers = layers or layers_of_this_device(ms.float16 if config.use_fp16 else ms.float32)
+    if config.precision == "auto":
+        config = replace(config, precision=default_precision())
+    layers = layers or layers_of_this_device(getattr(ms, config.precision), fuses_attention)
     if initialise:
         model = LatentDiffusion(config, layers)
     else:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import mindspore as ms
 
-from ldm.device import is_on_cpu
+from ldm.device import has_newer_kernels, is_on_cpu
 from ldm.networks import layers, layers_cpu
 
 
@@ -17,11 +17,12 @@ class LayerSet:
     640)`.
 
     Args:
-        module: `layers` (what an accelerator runs; a CPU can, slowly) or `layers_cpu`.
-        dtype: of the products, float32 or float16.
+        module: `layers` (plain, for any device), `layers_cpu` or `layers_ascend` (Atlas A2 and A3).
+        dtype: of the products, float32, float16 or bfloat16.
+        fuses_attention: by one kernel, where the device has it.
     """
 
-    def __init__(self, module: ModuleType, dtype=ms.float32) -> None:
+    def __init__(self, module: ModuleType, dtype=ms.float32, fuses_attention: bool = True) -> None:
         self.dtype = dtype
         self.Dense = partial(module.Dense, dtype=dtype)
         self.PlacesToTokens = partial(module.PlacesToTokens, dtype=dtype)
@@ -34,8 +35,14 @@ class LayerSet:
             module.LayerNorm,
         )
         self.GELU, self.QuickGELU, self.GatedGELU = module.GELU, module.QuickGELU, module.GatedGELU
-        self.AddPerChannel, self.Attention = module.AddPerChannel, module.Attention
+        self.AddPerChannel, self.CausalAttention = module.AddPerChannel, module.CausalAttention
+        self.Attention = partial(module.Attention, fuses=fuses_attention and has_newer_kernels())
 
 
-def layers_of_this_device(dtype=ms.float32) -> LayerSet:
-    return LayerSet(layers_cpu if is_on_cpu() else layers, dtype)
+def layers_of_this_device(dtype=ms.float32, fuses_attention: bool = True) -> LayerSet:
+    if not has_newer_kernels():
+        return LayerSet(layers_cpu if is_on_cpu() else layers, dtype, fuses_attention)
+    from ldm.networks import layers_ascend  # whose operators a MindSpore without an Ascend need not have
+
+    layers_ascend.add_gradients_by_add()
+    return LayerSet(layers_ascend, dtype, fuses_attention)

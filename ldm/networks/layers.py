@@ -1,4 +1,4 @@
-"""The layers of the three networks as an accelerator runs them. `layers_cpu` has the same ones for a CPU.
+"""The layers of the three networks. `layers_cpu` and `layers_ascend` have the same ones by other kernels.
 
 A layer takes the compute dtype when it is made: its weights stay float32 and are cast where they are used.
 Norms and softmax compute in float32 and answer in the dtype they were given. `layer_set` chooses.
@@ -10,10 +10,11 @@ import mindspore as ms
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
-from ldm.device import is_on_cpu
 from ldm.networks.kernels import GELU as GELUKernel
 from ldm.networks.kernels import GatedGELU as GatedGELUKernel
 from ldm.networks.kernels import SoftmaxAttention, upsample_nearest
+
+CHUNK_BYTES = 256 << 20  # of the scores of an attention that is not fused; more chunks are more kernels
 
 
 def weight(*shape: int) -> Parameter:
@@ -211,31 +212,47 @@ class Attention(nn.Cell):
     """Multi-head attention on q (B, N, heads * d), k and v (B, M, heads * d): softmax(q k^T / sqrt(d)) v.
 
     Vaswani et al. 2017, eq. 1. With `causal`, N and M are `length` and position i sees positions 0 to i only.
-    Fused where the device can; never run so far. With `upcast`, q and k are multiplied in float32.
+    With `upcast`, q and k are multiplied in float32.
+
+    Args:
+        fuses: by CANN's fused attention where that takes the heads; it keeps its scores in float32. Never run
+            on a device.
     """
 
-    def __init__(self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False) -> None:
+    def __init__(
+        self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False, fuses: bool = False
+    ) -> None:
         super().__init__()
         self.heads, self.upcast = heads, upcast
-        self.can_fuse = not causal and not is_on_cpu() and has_flash_attention(ms.hal.get_device_name(0))
+        self.can_fuse = fuses and not causal
         self.split_heads, self.merge_heads = SplitHeads(heads), MergeHeads(heads)
-        self.softmax_attention = SoftmaxAttention(causal, length)
+        self.softmax_attention = SoftmaxAttention(causal, length, CHUNK_BYTES)
 
     def construct(self, q, k, v):
         head_channels = q.shape[2] // self.heads
-        # what the kernel takes
-        takes = q.dtype == ms.float16 and head_channels % 16 == 0 and head_channels <= 512
-        if self.can_fuse and takes:  # which has its scores in float32
-            scale = head_channels**-0.5
-            return ops.flash_attention_score(q, k, v, self.heads, scalar_value=scale, input_layout="BSH")
+        # up to 256: what everybody runs, though the kernel says 512; beyond is the VAE's only layer
+        takes = q.dtype != ms.float32 and head_channels % 16 == 0 and head_channels <= 256
+        if self.can_fuse and takes:
+            return self.fused(q, k, v, head_channels**-0.5)
         if self.upcast:
             q, k = q.astype(ms.float32), k.astype(ms.float32)
         q, k, v = self.split_heads(q * head_channels**-0.5), self.split_heads(k), self.split_heads(v)
         return self.merge_heads(self.softmax_attention(q, k, v))
 
+    def fused(self, q, k, v, scale):
+        return ops.flash_attention_score(q, k, v, self.heads, scalar_value=scale, input_layout="BSH")
 
-def has_flash_attention(device_name: str) -> bool:
-    """Whether CANN has MindSpore's fused attention: on the Atlas A2 and A3 training series, not on the first
-    Ascend 910.
+
+class CausalAttention(nn.Cell):
+    """Attention in which position i sees positions 0 to i only, on queries, keys and values side by side:
+    (B, length, 3 C) to (B, length, C).
     """
-    return device_name.startswith(("Ascend910B", "Ascend910_93"))
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+        self.thirds = ops.Split(-1, 3)
+
+    def construct(self, qkv):
+        q, k, v = self.thirds(qkv)
+        return self.attention(q, k, v)

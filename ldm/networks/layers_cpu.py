@@ -10,9 +10,9 @@ from mindspore import ops
 from ldm.networks import kernels, layers
 from ldm.networks.convolution import MatmulConv, UpsampledConv, is_small, pad_zeros
 from ldm.networks.kernels import AddPerChannel
-from ldm.networks.layers import GELU, GatedGELU, QuickGELU
+from ldm.networks.layers import GELU, CausalAttention, GatedGELU, QuickGELU
 
-__all__ = ["GELU", "AddPerChannel", "GatedGELU", "QuickGELU"]  # as they are
+__all__ = ["GELU", "AddPerChannel", "CausalAttention", "GatedGELU", "QuickGELU"]  # as they are
 
 
 class Dense(layers.Dense):
@@ -146,6 +146,9 @@ class LayerNorm(layers.LayerNorm):
 class Attention(layers.Attention):
     """Heads are split and merged by copies instead of transpositions."""
 
-    def __init__(self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False) -> None:
-        super().__init__(heads, causal, length, upcast)
+    def __init__(
+        self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False, fuses: bool = False
+    ) -> None:
+        super().__init__(heads, causal, length, upcast, fuses)
         self.split_heads, self.merge_heads = kernels.SplitHeads(heads), kernels.MergeHeads(heads)
+        self.softmax_attention = kernels.SoftmaxAttention(causal, length)

@@ -20,12 +20,12 @@ class MultiheadAttention(nn.Cell):
         super().__init__()
         self.in_proj = layers.Dense(config.width, 3 * config.width)
         self.out_proj = layers.Dense(config.width, config.width)
-        self.thirds = ops.Split(-1, 3)
-        self.attention = layers.Attention(config.heads, causal=True, length=config.context_length)
+        self.attention = layers.CausalAttention(
+            layers.Attention(config.heads, causal=True, length=config.context_length)
+        )
 
     def construct(self, x):
-        q, k, v = self.thirds(self.in_proj(x))
-        return self.out_proj(self.attention(q, k, v))
+        return self.out_proj(self.attention(self.in_proj(x)))
 
 
 class AttentionWrapper(nn.Cell):
@@ -78,7 +78,7 @@ class TextTransformer(nn.Cell):
 
     def construct(self, token_ids):
         x = ops.gather(self.embedding_table, token_ids, 0) + self.positional_embedding
-        return self.ln_final(self.transformer_layer(x.astype(self.dtype)))
+        return self.ln_final(self.transformer_layer(x.astype(self.dtype))).astype(ms.float32)
 
 
 class TextEncoder(nn.Cell):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from ldm import files
+from ldm.device import is_dry_run, soc
 from ldm.memory import memory_is_low
 
 COMPLETE = "complete"  # the file that says that a folder of compiled graphs is whole
@@ -97,8 +98,8 @@ class CompileCache:
 
 
 def _key(facts: dict) -> str:
-    """A name for the graphs of these facts, this code, these versions and this processor."""
-    versions = sys.version, version("mindspore"), os.environ.get("ONEDNN_MAX_CPU_ISA")
+    """A name for the graphs of these facts, this code, these versions and this device."""
+    versions = sys.version, version("mindspore"), os.environ.get("ONEDNN_MAX_CPU_ISA"), soc(), is_dry_run()
     digest = hashlib.sha256(repr((sorted(facts.items()), versions)).encode())
     for source in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(source.read_bytes())

@@ -53,11 +53,7 @@ class Start:
     def changes(self, now: dict) -> list[str]:
         """What differs from the run that was begun, as far as `now` tells."""
         before = self.origin if self.origin is not None else now
-        return [
-            f"{name} {before.get(name)} -> {value}"
-            for name, value in now.items()
-            if before.get(name) != value
-        ]
+        return [line for name, value in now.items() for line in _differences(name, before.get(name), value)]
 
     def require_same(self, now: dict, allowed: bool) -> None:
         """Raises ConfigError where the training would not be the one that was begun, as far as `now` tells,
@@ -87,6 +83,13 @@ class Start:
                 "(--save_state_minutes=0 keeps one); give another folder, there with "
                 "--pretrained_model_path=FILE, its last checkpoint"
             )
+
+
+def _differences(name: str, before, now) -> list[str]:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [f"{name} {before} -> {now}"] if before != now else []
+    keys = [*now, *(key for key in before if key not in now)]
+    return [line for key in keys for line in _differences(f"{name}: {key}", before.get(key), now.get(key))]
 
 
 def results(output: Path) -> list[Path]:

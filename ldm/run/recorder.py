@@ -22,6 +22,7 @@ class Trained(Protocol):
     def state(self) -> tuple[Mapping, dict]: ...
     def restore(self, arrays: Mapping, counters: dict, source: str) -> None: ...
     def require_equal_weights(self) -> None: ...
+    def agree_on_weights(self) -> None: ...
     def require_finite_weights(self) -> None: ...
 
 
@@ -88,7 +89,7 @@ class Recorder:
         keeps_state = stops or bool(every and update % every == 0)
         if not keeps_state and not due:
             return
-        self.trainer.require_equal_weights()
+        self.trainer.agree_on_weights()
         self.trainer.require_finite_weights()
         if not self.ranks.is_first:
             return

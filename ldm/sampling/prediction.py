@@ -8,6 +8,7 @@ import mindspore as ms
 import numpy as np
 
 from ldm.config import ModelConfig
+from ldm.device import is_dry_run
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.random_streams import IMAGE, stream
 from ldm.weights.choice import PREDICTIONS, other_prediction
@@ -47,7 +48,7 @@ def check_prediction(model: LatentDiffusion, source: Source) -> None:
     """
     config = source.config
     said = config.noise_schedule.prediction_type
-    if source.is_stated or (found := looks_like(model, config)) == said:
+    if source.is_stated or is_dry_run() or (found := looks_like(model, config)) == said:
         return
     if found == "neither":
         text = (

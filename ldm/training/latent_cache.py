@@ -21,7 +21,7 @@ from ldm.networks.autoencoder import AutoencoderKL, Encode
 from ldm.ranks import Ranks
 from ldm.training.samples import Crop, DreamBoothSamples, Sample
 
-FORMAT = 1  # a part of every key: count it up when the encoder's arithmetic or the form of an entry changes
+FORMAT = 2  # a part of every key: count it up when the encoder's arithmetic or the form of an entry changes
 Moments = Callable[[list[Sample]], np.ndarray]
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Encoding:
 
 def encoder_digest(autoencoder: AutoencoderKL, config: ModelConfig) -> bytes:
     """What the moments depend on besides the image: the encoder's weights, configuration, compute dtype."""
-    digest = hashlib.sha256(repr((FORMAT, config.autoencoder, config.use_fp16)).encode())
+    digest = hashlib.sha256(repr((FORMAT, config.autoencoder, config.precision)).encode())
     parameters = [*autoencoder.encoder.get_parameters(), *autoencoder.quant_conv.get_parameters()]
     for parameter in sorted(parameters, key=lambda parameter: parameter.name):
         digest.update(f"{parameter.name} {parameter.shape} {parameter.dtype}".encode())

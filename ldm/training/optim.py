@@ -7,6 +7,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
+from mindspore.ops.auto_generate import AdamW as FusedKernel
+
+from ldm.training.masters import in_place
 
 EPSILON = 1e-8
 GROUPS = 24
@@ -14,6 +17,7 @@ GROUPS = 24
 # their depth is limited.
 _adam = ops.MultitypeFuncGraph("adam")
 _blend = ops.MultitypeFuncGraph("blend")
+_scale = ops.MultitypeFuncGraph("scale")
 
 
 @_adam.register(
@@ -44,23 +48,27 @@ def _adam_one(  # noqa: PLR0913 (called by MindSpore)
     return kernel(parameter, moment1, moment2, 0.0, 0.0, rate, beta1, beta2, epsilon, gradient)[0]
 
 
-@_blend.register("Tensor", "Tensor", "Tensor", "Tensor")
-def _blend_one(decay, rest, average, source):
-    return ops.assign(average, average * decay + source * rest)
+@_scale.register("Tensor", "Tensor")
+def _scale_one(factor, gradient):
+    return gradient * factor
 
 
-def zeros_beside(parameters: Sequence[Parameter], prefix: str) -> ParameterTuple:
-    """A parameter of zeros for each of `parameters`, named after it."""
+@_blend.register("Function", "Tensor", "Tensor", "Tensor", "Tensor")
+def _blend_one(put, decay, rest, average, source):
+    return put(average, average * decay + source * rest)
+
+
+def zeros_beside(
+    parameters: Sequence[Parameter], prefix: str, dtypes: Sequence | None = None
+) -> ParameterTuple:
+    """A parameter of zeros for each of `parameters`, named after it; of its dtype, or one that is given."""
     # clone() would first draw initial values for a parameter that a checkpoint has filled, and keep them: a
     # copy of the weights.
-    return ParameterTuple(
-        [Parameter(initializer("zeros", p.shape, p.dtype), name=f"{prefix}.{p.name}") for p in parameters]
-    )
-
-
-def has_weight_decay(name: str) -> bool:
-    """Norms and biases are not decayed."""
-    return not name.endswith((".gamma", ".beta", ".bias"))
+    dtypes = dtypes or [p.dtype for p in parameters]
+    return ParameterTuple([
+        Parameter(initializer("zeros", p.shape, dtype), name=f"{prefix}.{p.name}")
+        for p, dtype in zip(parameters, dtypes)
+    ])  # fmt: skip
 
 
 def equal_groups(sizes: Sequence[int], count: int) -> tuple[tuple[int, int], ...]:
@@ -83,53 +91,78 @@ class AdamW(nn.Cell):
     a group's gradients are used up before the next group's are computed, and never are all of them in memory.
 
     Args:
-        parameters: what to train, in the order in which the backward pass comes by; names decide about weight
-            decay.
+        parameters: what to train, in the order in which the backward pass comes by.
+        decayed: which of them have weight decay.
         decoupled: True for AdamW, False for Adam with the decay added to the gradient.
+        scales: whether gradients are multiplied by a factor first.
     """
 
     def __init__(
-        self,
-        parameters: Sequence[Parameter],
-        betas: tuple[float, float],
-        weight_decay: float,
-        decoupled: bool,
-    ) -> None:
+        self, parameters: Sequence[Parameter], decayed: Sequence[bool], betas: tuple[float, float],
+        weight_decay: float, decoupled: bool, scales: bool,
+    ) -> None:  # fmt: skip
         super().__init__(auto_prefix=False)
         self.parameters = ParameterTuple(parameters)
         self.moment1, self.moment2 = zeros_beside(parameters, "adam_m"), zeros_beside(parameters, "adam_v")
         self.bounds = equal_groups([p.size for p in parameters], GROUPS)
-        self.betas, self.decoupled = betas, decoupled
+        self.betas, self.decoupled, self.scales = betas, decoupled, scales
         self.weight_decay = weight_decay
-        self.decayed = tuple(weight_decay > 0 and has_weight_decay(p.name) for p in parameters)
+        self.decayed = tuple(weight_decay > 0 and its for its in decayed)
         self.l2 = 0.0 if decoupled else weight_decay
         self.kernel, self.shrink = ops.Adam(), ops.ApplyGradientDescent()
         self.map = ops.HyperMap()
 
-    def scalars(self, step: int, learning_rate: float) -> list[Tensor]:
+    def scalars(self, step: int, learning_rate: float) -> list:
         """The kernel's rate, epsilon and decay for update number `step` (from 1)."""
         c1, c2 = 1 - self.betas[0] ** step, math.sqrt(1 - self.betas[1] ** step)
         decay = learning_rate * self.weight_decay if self.decoupled else 0.0
         return [Tensor(value, ms.float32) for value in (learning_rate * c2 / c1, EPSILON * c2, decay)]
 
-    def construct(self, gradients, rate, epsilon, decay):
+    def construct(self, gradients, factor, rate, epsilon, decay):
         done = ()
         for a, b in self.bounds:
+            group = gradients[a:b]
+            if self.scales:
+                group = self.map(ops.partial(_scale, factor), group)
             update = ops.partial(
                 _adam, self.kernel, self.shrink, self.betas[0], self.betas[1], rate, epsilon, decay, self.l2
             )
-            group = (
-                self.parameters[a:b],
-                self.moment1[a:b],
-                self.moment2[a:b],
-                gradients[a:b],
-                self.decayed[a:b],
+            updated = self.map(
+                update, self.parameters[a:b], self.moment1[a:b], self.moment2[a:b], group, self.decayed[a:b]
             )
-            updated = self.map(update, *group)
             # MindSpore orders kernels backwards from the outputs: what the next group's rate waits for comes
             # before its gradients
             rate = ops.depend(rate, updated)
             done = done + updated
+        return done
+
+
+class FusedAdamW(AdamW):
+    """The same by CANN's AdamW, one kernel a parameter: for an Ascend, where there are few, joined ones."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.kernel = FusedKernel()
+        self.shrinks = tuple(self.weight_decay if its and self.decoupled else 0.0 for its in self.decayed)
+
+    def scalars(self, step: int, learning_rate: float) -> list:
+        """The kernel's step and rate."""
+        return [Tensor(step, ms.float32), ms.mutable(float(learning_rate))]
+
+    def construct(self, gradients, factor, step, rate):
+        done = ()
+        for place in range(len(self.parameters)):
+            parameter, m, v = self.parameters[place], self.moment1[place], self.moment2[place]
+            # one after the other: the float32 form of a gradient is as long as it is needed
+            gradient = ops.depend(gradients[place], done).astype(ms.float32)
+            if self.scales:
+                gradient = gradient * factor
+            if self.l2 > 0 and self.decayed[place]:
+                gradient = gradient + self.l2 * parameter
+            beta1, beta2 = self.betas
+            shrink = self.shrinks[place]
+            updated = self.kernel(parameter, m, v, v, gradient, step, rate, beta1, beta2, shrink, EPSILON)
+            done = done + (updated[0],)
         return done
 
 
@@ -180,15 +213,11 @@ class MovingAverage(nn.Cell):
         self.average = zeros_beside(parameters, "ema")
         for average, source in zip(self.average, self.source):
             average.set_data(Tensor(source.asnumpy()))
-        self.map = ops.HyperMap()
+        self.map, self.put = ops.HyperMap(), in_place()
 
     def construct(self, decay, rest):
-        return self.map(ops.partial(_blend, decay, rest), self.average, self.source)
+        return self.map(ops.partial(_blend, self.put, decay, rest), self.average, self.source)
 
     def update(self, updates: int) -> None:
         decay = min(self.limit, (1 + updates) / (10 + updates))
         self(Tensor(np.float32(decay)), Tensor(np.float32(1 - decay)))
-
-    def weights(self) -> dict[str, Tensor]:
-        """The averages under the names of the parameters."""
-        return {source.name: average for source, average in zip(self.source, self.average)}

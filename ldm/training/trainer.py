@@ -11,24 +11,25 @@ from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, ParameterTuple, Tensor
 
 from ldm.config import ModelConfig
-from ldm.device import is_on_cpu
-from ldm.memory import memory_is_low
-from ldm.networks.attention import BasicTransformerBlock
+from ldm.device import has_newer_kernels, is_dry_run, is_on_cpu
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.options import TrainOptions
 from ldm.ranks import ALONE, Ranks
 from ldm.schedule import NoiseSchedule
 from ldm.training.inputs import Inputs
 from ldm.training.loss import DreamBoothLoss
-from ldm.training.optim import AdamW, LearningRate, LossScale, MovingAverage
+from ldm.training.masters import Masters
+from ldm.training.optim import AdamW, FusedAdamW, LearningRate, LossScale, MovingAverage
 from ldm.training.progress import Progress
-from ldm.training.train_step import AccumulatedUpdate, TrainStep, Update
-from ldm.weights.checkpoint import fill, is_finite
+from ldm.training.train_step import Apply, ApplyCollected, Check, Clear, GlobalNorm, TrainStep
+from ldm.training.trained import in_products, make_trainable, trained_networks
+from ldm.weights.checkpoint import as_numpy, is_finite, require_values
 
 COUNTERS = ("global_step", "updates_applied")  # of the trainer's state
+MOST_APART = 0.01  # of the largest value of an array: what roundings do to weights within an epoch
 MAX_SKIPPED_IN_A_ROW = 50  # updates; a loss scale that halves 50 times has left float16's range long before
 logger = logging.getLogger(__name__)
 
@@ -74,158 +75,114 @@ class TooManyOverflows(FloatingPointError):
     weights_are_good = True
 
 
-def trained_networks(model: LatentDiffusion, train_text_encoder: bool) -> list[nn.Cell]:
-    return [model.unet] + ([model.cond_stage_model] if train_text_encoder else [])
-
-
-class Values(NamedTuple):
-    """How many the whole model has, and the networks that are trained."""
-
-    whole: int
-    trained: int
-
-
-def count_values(model: LatentDiffusion, train_text_encoder: bool) -> Values:
-    networks = trained_networks(model, train_text_encoder)
-    trained = sum(parameter.size for network in networks for parameter in network.get_parameters())
-    return Values(sum(parameter.size for parameter in model.get_parameters()), trained)
-
-
-def settle_recompute(recompute: bool | None, trained_values: int, dropout: float) -> bool:
-    """Whether feed-forward layers are computed twice; left open (None), on a CPU where memory is low.
-
-    Raises:
-        ValueError: it is asked for with dropout, which would drop other values the second time.
-    """
-    if recompute and dropout:
-        raise ValueError(
-            "recompute does not work with dropout: set unet dropout to 0, or leave recompute out"
-        )
-    if recompute is not None:
-        return recompute
-    is_on = is_on_cpu() and not dropout and memory_is_low(4 * trained_values)
-    if is_on:
-        logger.info(
-            "low memory: feed-forward layers are computed twice (--recompute), for about 5% of a step's time"
-        )
-    return is_on
-
-
-def make_trainable(model: LatentDiffusion, train_text_encoder: bool, recompute: bool) -> list[Parameter]:
-    """Put the networks that are trained into training mode, freeze the others.
-
-    Returns the trained parameters.
-
-    They come reversed, so that MindSpore computes each weight's gradient as soon as the backward pass reaches
-    its layer and can free that layer's activations: it orders kernels from a graph's outputs.
-
-    Args:
-        recompute: see settle_recompute.
-    """
-    for parameter in model.get_parameters():
-        parameter.requires_grad = False
-    networks = trained_networks(model, train_text_encoder)
-    for network in networks:
-        network.set_train(True)
-        for parameter in network.get_parameters():
-            parameter.requires_grad = True
-    if recompute:
-        for _, cell in model.unet.cells_and_names():
-            if isinstance(cell, BasicTransformerBlock):
-                cell.recompute_feed_forward()
-    return [parameter for network in networks for parameter in reversed(network.trainable_params())]
-
-
 def build_trainer(
     model: LatentDiffusion, inputs: Inputs, options: TrainOptions, config: ModelConfig, ranks: Ranks = ALONE
 ) -> "Trainer":
     """The trainer of a model as the options say. It holds the networks that are trained, and no other."""
     parameters = make_trainable(model, options.train_text_encoder, bool(options.recompute))
+    networks = trained_networks(model, options.train_text_encoder)
+    masters = Masters(
+        parameters, joins=not is_on_cpu(), halved=in_products(networks), dtype=networks[0].dtype
+    )
     loss = DreamBoothLoss(
         model.unet,
         model.cond_stage_model if options.train_text_encoder else None,
         NoiseSchedule(config.noise_schedule),
         options.prior_loss_weight if options.with_prior_preservation else None,
     )
-    return Trainer(loss, parameters, inputs, options, config.use_fp16, ranks)
+    return Trainer(loss, masters, inputs, options, config.precision == "float16", ranks)
 
 
 class Trainer:
-    """Fine-tunes `parameters` by `loss` on `inputs`.
+    """Fine-tunes `masters` by `loss` on `inputs`.
 
     Args:
-        parameters: in the order of `make_trainable`.
+        masters: of the networks' parameters, in the order of `make_trainable`.
         options: of the optimizer, the loss scale, accumulation and averaging.
-        use_fp16: float16 compute, which can overflow.
+        can_overflow: float16 compute.
         ranks: the processes that train together; each takes its part of every batch.
     """
 
-    def __init__(
-        self, loss: DreamBoothLoss, parameters: list[Parameter], inputs: Inputs, options: TrainOptions,
-        use_fp16: bool = False,
-        ranks: Ranks = ALONE,
+    def __init__(  # noqa: PLR0913
+        self, loss: DreamBoothLoss, masters: Masters, inputs: Inputs, options: TrainOptions,
+        can_overflow: bool = False, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
-        self.parameters, self.inputs, self.options, self.use_fp16, self.ranks = (
-            parameters,
-            inputs,
-            options,
-            use_fp16,
-            ranks,
-        )
+        self.masters, self.inputs, self.options, self.ranks = masters, inputs, options, ranks
+        self.can_overflow = can_overflow
         self.global_step = 0  # updates done
         self.updates_applied = (
             0  # without those that an overflow skipped: Adam's bias correction counts these
         )
         self.skipped_in_a_row = 0
-        self.trained_values = sum(parameter.size for parameter in parameters)
-        self.optimizer = AdamW(
-            parameters, options.betas, options.weight_decay, decoupled=options.optim == "adamw"
-        )
+        self.trained_values = sum(parameter.size for parameter in masters.trained)
+        accumulates = options.gradient_accumulation_steps > 1
+        max_grad_norm = options.max_grad_norm if options.clip_grad else None
+        scales = can_overflow or accumulates or options.clip_grad
+        adamw = FusedAdamW if has_newer_kernels() else AdamW
+        self.optimizer = adamw(
+            masters.trained, masters.decayed, options.betas, options.weight_decay, options.optim == "adamw",
+            scales,
+        )  # fmt: skip
         self.learning_rate = LearningRate(
             options.start_learning_rate, options.end_learning_rate, options.warmup_steps, options.decay_steps
         )
-        first_scale = options.init_loss_scale if use_fp16 else 1.0
+        first_scale = options.init_loss_scale if can_overflow else 1.0
         self.loss_scale = LossScale(first_scale, options.loss_scale_factor, options.scale_window)
-        accumulates = options.gradient_accumulation_steps > 1
-        max_grad_norm = options.max_grad_norm if options.clip_grad else None
-        update = Update(self.optimizer, max_grad_norm, use_fp16, scales=use_fp16 or accumulates, ranks=ranks)
-        self.step = TrainStep(loss, self.optimizer, update, accumulates)
-        self.accumulated_update = AccumulatedUpdate(self.step) if accumulates else None
-        self.average = MovingAverage(parameters) if options.use_ema else None
+        self.collects = can_overflow or accumulates
+        norm, apply = GlobalNorm(options.clip_grad), Apply(masters, self.optimizer, max_grad_norm)
+        self.step = TrainStep(loss, masters, norm, apply, ranks, self.collects, accumulates)
+        if self.collects:
+            self.check = Check(self.step, norm, ranks, can_overflow)
+            self.apply_collected = ApplyCollected(self.step)
+            self.clear = Clear(self.step) if accumulates else None
+        self.average = MovingAverage(masters.trained) if options.use_ema else None
+        self.mends_last_bits = not is_on_cpu()
 
     def compile(self) -> None:
         """Compile the step's graphs without running them: into the compile cache, where that is on."""
         zero = Tensor(0.0, ms.float32)
         batch = next(self.inputs.batches(self.options.train_batch_size, 1))
-        self.step.compile(*batch, *[zero] * 5)
-        if self.accumulated_update:
-            self.accumulated_update.compile(*[zero] * 4)
+        scalars = [zero, *self.optimizer.scalars(1, 0.0)]
+        self.step.compile(*batch, zero, *scalars)
+        if self.collects:
+            self.check.compile(zero)
+            self.apply_collected.compile(zero, *scalars)
+            if self.clear:
+                self.clear.compile()
 
     def one_update(self) -> UpdateResult:
         """Train on the next samples."""
         size, count = self.options.train_batch_size, self.options.gradient_accumulation_steps
         scale, rate = self.loss_scale.value, self.learning_rate(self.global_step)
-        inverse_scale = Tensor(1 / (scale * count), ms.float32)  # of the sum of `count` gradients
-        scalars = [inverse_scale, *self.optimizer.scalars(self.updates_applied + 1, rate)]
-        losses = []
+        factor = Tensor(1 / (scale * count), ms.float32)  # of the sum of `count` gradients
+        scalars = [factor, *self.optimizer.scalars(self.updates_applied + 1, rate)]
+        results = []
         for batch in self.inputs.batches(size, count, self.global_step, self.ranks):
-            *terms, applied, norm = self.step(*batch, Tensor(scale, ms.float32), *scalars)
-            losses.append([float(term) for term in terms])
-        if self.accumulated_update:
-            applied, norm = self.accumulated_update(*scalars)
-        skipped = not bool(applied)
-        self._count(skipped)
-        mean = self.ranks.mean(np.mean(losses, axis=0)).astype(
-            np.float64
-        )  # between processes it travels as float32
-        return UpdateResult(mean, float(norm), skipped)
+            results.append(self.step(*batch, Tensor(scale, ms.float32), *scalars).asnumpy())
+        *losses, norm = np.mean(results, axis=0, dtype=np.float64)
+        is_good = True
+        if self.collects:
+            is_good, norm = self._apply_collected(scalars)
+        self._count(skipped=not is_good)
+        mean = self.ranks.mean(np.array(losses)).astype(np.float64)  # between processes it is float32
+        return UpdateResult(mean, float(norm), not is_good)
+
+    def _apply_collected(self, scalars: list) -> tuple[bool, float]:
+        """Whether the collected gradients were applied, and their norm."""
+        factor = scalars[0]
+        is_good, norm = self.check(factor).asnumpy()
+        if is_good or is_dry_run():
+            self.apply_collected(Tensor(norm, ms.float32), *scalars)
+        if self.clear:
+            self.clear()
+        return bool(is_good) or is_dry_run(), float(norm)
 
     def _count(self, skipped: bool) -> None:
         """After an update: counters, loss scale, averages."""
         self.global_step += 1
         self.updates_applied += not skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.use_fp16:
+        if self.can_overflow:
             self.loss_scale.update(skipped)
         if self.average and not skipped:
             self.average.update(self.updates_applied)
@@ -264,7 +221,7 @@ class Trainer:
             )
 
     def _require_that_it_can_continue(self, losses: np.ndarray) -> None:
-        if not np.isfinite(losses).all() and not self.use_fp16:
+        if not np.isfinite(losses).all() and not self.can_overflow and not is_dry_run():
             raise FloatingPointError(
                 f"the loss is {losses[0]} at step {self.global_step}: lower start_learning_rate, or give "
                 f"--clip_grad"
@@ -272,51 +229,99 @@ class Trainer:
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TooManyOverflows(
                 f"{self.skipped_in_a_row} updates in a row overflowed in float16, up to step "
-                f"{self.global_step}: lower "
-                "start_learning_rate, give --clip_grad, or set use_fp16: False in the model configuration"
+                f"{self.global_step}: lower start_learning_rate, give --clip_grad, or --precision float32"
             )
 
     def require_equal_weights(self) -> None:
         """Raises ValueError where the processes' trained weights are not the same, bit by bit."""
-        self.ranks.require_equal((parameter.asnumpy() for parameter in self.parameters), "trained weights")
+        self.ranks.require_equal(self._trained_arrays(), "trained weights")
+
+    def agree_on_weights(self) -> None:
+        """Raises ValueError where the processes' trained weights have come apart.
+
+        On a CPU they are the same, bit by bit. On an Ascend a sum over processes may have other last bits in
+        each: there rank 0's weights, moments and averages become everyone's, and a warning says so, up to
+        MOST_APART.
+        """
+        if not self.mends_last_bits:
+            return self.require_equal_weights()
+        different = self.ranks.differing(self._trained_arrays())
+        if not different:
+            return None
+        apart = 0.0
+        for arrays in self._state_arrays().values():
+            for array in arrays:
+                mine = array.asnumpy()
+                theirs = self.ranks.first(mine)
+                if arrays is self.masters.trained:
+                    apart = max(apart, float(np.abs(mine - theirs).max() / max(np.abs(theirs).max(), 1e-30)))
+                array.set_data(Tensor(theirs))
+        apart = self.ranks.largest(apart)
+        text = "trained weights of rank %s differ from rank 0's, by %.1e of the largest: all take rank 0's"
+        logger.warning(text, ", ".join(map(str, different)), apart)
+        if apart > MOST_APART:
+            raise ValueError(
+                f"trained weights differ between the processes, by {apart:.1e} of the largest: more than "
+                f"roundings do"
+            )
+        self.masters.follow()
+
+    def _trained_arrays(self) -> Iterator[np.ndarray]:
+        return (array.asnumpy() for array in self.masters.trained)
 
     def require_finite_weights(self) -> None:
         """Raises FloatingPointError where a trained weight is NaN or infinite."""
-        broken = [parameter.name for parameter in self.parameters if not is_finite(parameter.asnumpy())]
+        weights = {} if is_dry_run() else self.weights()
+        broken = [name for name, array in weights.items() if not is_finite(as_numpy(array))]
         if broken:
             raise FloatingPointError(
                 f"{len(broken)} weights are not finite after step {self.global_step} ({broken[0]}): "
                 "lower start_learning_rate"
             )
 
-    def weights(self) -> dict[str, Parameter]:
-        """The trained weights by name."""
-        return {parameter.name: parameter for parameter in self.parameters}
+    def weights(self) -> Mapping[str, Parameter | np.ndarray]:
+        """The trained weights by name, float32."""
+        return self.masters.named(self.masters.trained)
 
-    def averages(self) -> dict[str, Parameter] | None:
+    def averages(self) -> Mapping[str, Parameter | np.ndarray] | None:
         """With EMA the averages under the names of the weights."""
-        return self.average.weights() if self.average else None
+        return self.masters.named(self.average.average) if self.average else None
 
-    def state(self) -> tuple[dict[str, Parameter], dict]:
-        """What the next update depends on, between two updates: parameters by name, and counters as JSON
-        takes them.
+    def _state_arrays(self) -> dict[str, ParameterTuple]:
+        """What a state has for every weight, by the prefix of the names there."""
+        arrays = {
+            "": self.masters.trained,
+            "adam_m.": self.optimizer.moment1,
+            "adam_v.": self.optimizer.moment2,
+        }
+        return arrays | ({"ema.": self.average.average} if self.average else {})
+
+    def state(self) -> tuple[Mapping[str, Parameter | np.ndarray], dict]:
+        """What the next update depends on, between two updates: arrays by name, and counters as JSON takes
+        them.
         """
-        averages = self.average.average if self.average else ()
-        parameters = [*self.parameters, *self.optimizer.moment1, *self.optimizer.moment2, *averages]
+        named = {}
+        for prefix, arrays in self._state_arrays().items():
+            named |= self.masters.named(arrays, prefix)
         counters = {name: getattr(self, name) for name in COUNTERS}
-        if self.use_fp16:
+        if self.can_overflow:
             counters |= {"loss_scale": self.loss_scale.value, "good_updates": self.loss_scale.good_updates}
-        return {parameter.name: parameter for parameter in parameters}, counters
+        return named, counters
 
     def restore(self, arrays: Mapping[str, np.ndarray], counters: dict, source: str) -> None:
         """Go back to a state. Raises ValueError where it is not of this configuration.
 
         The loss scale is taken over between float16 runs only; what it grows and shrinks by are options.
         """
-        fill(self.state()[0], arrays, source)
+        shapes = {}
+        for prefix in self._state_arrays():
+            shapes |= self.masters.shapes(prefix)
+        require_values(shapes, arrays, source)
+        for prefix, own in self._state_arrays().items():
+            self.masters.fill(own, arrays, prefix)
         for name in COUNTERS:
             setattr(self, name, int(counters[name]))
-        if self.use_fp16 and "loss_scale" in counters:
+        if self.can_overflow and "loss_scale" in counters:
             self.loss_scale.value, self.loss_scale.good_updates = (
                 float(counters["loss_scale"]),
                 int(counters["good_updates"]),

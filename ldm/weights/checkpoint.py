@@ -117,27 +117,35 @@ def _does_not_match(wrong: Mapping[str, list[str]]) -> str:
 def fill(parameters: Mapping[str, ms.Parameter], weights: Mapping[str, np.ndarray], source: str) -> None:
     """Fill every one of `parameters` from `weights`, cast to its dtype; all or nothing.
 
-    Asks twice for each array, in turn.
-
-    Raises:
-        ValueError: names are missing or unknown, or an array is of another shape, no float array or not
-            finite; with counts and examples.
+    Asks twice for each array, in turn. Raises as `require_values` does.
     """
-    arrays = weights if isinstance(weights, Arrays) else ArraysInMemory(weights)
-    wrong = _differences({name: tuple(parameter.shape) for name, parameter in parameters.items()}, arrays)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    dtypes = {name: CKPT_DTYPES[str(parameter.dtype)] for name, parameter in parameters.items()}
+    require_values(shapes, weights, source, dtypes)
+    for name, parameter in parameters.items():
+        # what is too large became Inf, and was found
+        parameter.set_data(ms.Tensor(cast(weights[name], CKPT_DTYPES[str(parameter.dtype)])))
+
+
+def require_values(
+    shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray], source: str,
+    dtypes: Mapping[str, np.dtype] | None = None,
+) -> None:  # fmt: skip
+    """Raises ValueError where names are missing or unknown, or an array is of another shape, no float array
+    or not finite (in its dtype of `dtypes`); with counts and examples.
+    """
+    arrays = arrays if isinstance(arrays, Arrays) else ArraysInMemory(arrays)
+    wrong = _differences(dict(shapes), arrays)
     unfit = {text.split(" ")[0] for names in wrong.values() for text in names}
     infinite = [
         name
-        for name, parameter in parameters.items()
-        if name not in unfit and not is_finite(cast(arrays[name], CKPT_DTYPES[str(parameter.dtype)]))
+        for name in shapes
+        if name not in unfit and not is_finite(cast(arrays[name], (dtypes or {}).get(name)))
     ]
     if infinite:
         wrong["with NaN or Inf"] = infinite
     if wrong:
         raise ValueError(f"{source}: {_does_not_match(wrong)}")
-    for name, parameter in parameters.items():
-        # what is too large became Inf, and was found
-        parameter.set_data(ms.Tensor(cast(arrays[name], CKPT_DTYPES[str(parameter.dtype)])))
 
 
 def is_float(dtype: np.dtype) -> bool:
@@ -150,6 +158,10 @@ def is_finite(values: np.ndarray) -> bool:
     """
     with np.errstate(invalid="ignore"):  # Inf - Inf
         return bool(np.isfinite(values.sum(dtype=np.float64)))
+
+
+def as_numpy(array: ms.Tensor | np.ndarray) -> np.ndarray:
+    return array.asnumpy() if isinstance(array, ms.Tensor) else array
 
 
 def weights_of(net: nn.Cell) -> dict[str, ms.Tensor]:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from ldm.config import ConfigError, ModelConfig, model_config_from, read_mapping, read_model_config
+from ldm.device import start_device
 from ldm.schedule import NoiseSchedule
 from ldm.versions import VERSIONS, configurations
 from ldm.weights.arrays import Arrays
@@ -40,6 +41,17 @@ def open_model(options: ModelOptions) -> Source:
     return choose_config(source, options.model_config, options.version)
 
 
+def open_on_device(options):
+    """Options, with the device in use, and `open_model`, with the precision that it computes in there.
+
+    Raises as `open_model`, ldm.device.start_device and ldm.device.settle_precision do.
+    """
+    source = open_model(options)
+    device = start_device(options.device, options.mode, options.deterministic)
+    source = source.on_this_device(options.precision, options.force_precision)
+    return dataclasses.replace(options, device=device), source
+
+
 def choose_config(source: Source, given: str = "auto", version: str | None = None) -> Source:
     """Weights with the model configuration that belongs to them.
 
@@ -70,10 +82,12 @@ def choose_config(source: Source, given: str = "auto", version: str | None = Non
 
 
 def config_of_run(path: Path) -> ModelConfig | None:
-    """Of a checkpoint that lies in the folder of the run that wrote it, what the run was made with."""
+    """Of a checkpoint that lies in the folder of the run that wrote it, what the run was made with; but for
+    the precision, which is the device's there.
+    """
     noted = path.parent / "effective_config.json"
     is_own = any(name.split("/")[0] == path.name for name in recorded_digests(path.parent))
-    return config_in(noted) if is_own and noted.is_file() else None
+    return dataclasses.replace(config_in(noted), precision="auto") if is_own and noted.is_file() else None
 
 
 def config_in(noted: Path) -> ModelConfig:

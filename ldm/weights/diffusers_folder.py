@@ -117,7 +117,6 @@ def _read_configs(unet: dict, vae: dict, text: dict, noise: dict, pads_with_end:
     steps, act = noise.get("num_train_timesteps", 1000), text.get("hidden_act", "quick_gelu")
     return ModelConfig(
         image_size=_sample_size(unet, 512 // downsampling) * downsampling,
-        use_fp16=False,
         unet=UNetConfig(
             in_channels=unet.get("in_channels", 4),
             out_channels=unet.get("out_channels", 4),

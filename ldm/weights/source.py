@@ -5,10 +5,11 @@ name. Nothing but names, shapes and configurations is read at first.
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldm.config import ModelConfig
+from ldm.device import settle_precision
 from ldm.files import sha256_of
 from ldm.weights.arrays import Arrays, Joined
 from ldm.weights.digests import DIGESTS, recorded_digests
@@ -42,6 +43,11 @@ class Source:
     config: ModelConfig | None = None
     known_by: str = ""
     is_stated: bool = False
+
+    def on_this_device(self, precision: str = "auto", is_forced: bool = False) -> "Source":
+        """With the precision settled that its model computes in, see ldm.device.settle_precision."""
+        settled = settle_precision(precision, self.config.precision, is_forced)
+        return replace(self, config=replace(self.config, precision=settled))
 
 
 def is_diffusers_folder(path: Path) -> bool:

@@ -94,7 +94,7 @@ def presets() -> dict[str, Preset]:
         text_encoder=dataclasses.replace(full.text_encoder, width=512, heads=8, layers=6),  # 44.3M
     )
     smoke = ModelConfig(
-        image_size=32, use_fp16=False, unet=UNetConfig(4, 4, 32, (1, 2), 1, (1,), 16, 48, norm_groups=8),
+        image_size=32, unet=UNetConfig(4, 4, 32, (1, 2), 1, (1,), 16, 48, norm_groups=8),
         autoencoder=AutoencoderConfig(3, 4, 16, (1, 2), 1, 0.5, norm_groups=4),
         text_encoder=TextEncoderConfig(49408, 77, 48, 3, 1),
         noise_schedule=ScheduleConfig(1000, 0.00085, 0.012, "epsilon"),

@@ -65,7 +65,8 @@ def training(job, model, config, graphs):
     from ldm.run.checkpoints import Checkpoints
     from ldm.training.inputs import Inputs, encode_prompts
     from ldm.training.samples import DreamBoothSamples
-    from ldm.training.trainer import build_trainer, count_values, settle_recompute
+    from ldm.training.trained import count_values, settle_recompute
+    from ldm.training.trainer import build_trainer
 
     size, batch = config.image_size, job["batch"]
     options = TrainOptions(
@@ -100,8 +101,8 @@ def training(job, model, config, graphs):
         t = rng.integers(config.noise_schedule.timesteps, size=2 * batch).astype(np.int32)
         noise = rng.standard_normal(shape, dtype=np.float32)
         scalars = trainer.optimizer.scalars(done, options.start_learning_rate)
-        loss, *_ = trainer.step(Tensor(latents), text, Tensor(t), Tensor(noise), one, one, *scalars)
-        assert np.isfinite(float(loss)), f"loss {loss}"
+        losses = trainer.step(Tensor(latents), text, Tensor(t), Tensor(noise), one, one, *scalars).asnumpy()
+        assert np.isfinite(losses).all(), f"losses {losses}"
 
     return step
 

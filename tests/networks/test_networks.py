@@ -70,7 +70,7 @@ def test_building_the_trainer_renames_nothing(tmp_path, full_size):
         inputs = make_inputs(full_size, config, options, DreamBoothSamples.of(options, pictures, pictures))
         trainer = build_trainer(full_size, inputs, options, config)
     assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official_shapes("v2_base")
-    trained = {p.name for p in trainer.parameters}
+    trained = {p.name for p in trainer.masters.trained}
     assert trained == {
         name for name in official_shapes("v2_base") if not name.startswith("first_stage_model.")
     }

@@ -14,7 +14,7 @@ from ldm.ranks import ALONE, Ranks
 from ldm.run import folder as folder_module
 from ldm.run.folder import MetricsFile, RunFolder, sizes_of, space_needed
 from ldm.run.recipe import Start
-from ldm.training.trainer import count_values
+from ldm.training.trained import count_values
 
 
 @pytest.fixture(autouse=True)

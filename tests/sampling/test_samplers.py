@@ -8,7 +8,7 @@ import torch
 from conftest import SHALLOW
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler
 
-from ldm.options import SAMPLER_NAMES
+from ldm.fields import SAMPLER_NAMES
 from ldm.sampling.samplers import SAMPLERS, sample_ddim
 from ldm.schedule import NoiseSchedule, add_noise
 

@@ -9,10 +9,14 @@ import torch
 from conftest import SHALLOW, V1, in_half, random_model, torch_networks, weights_as_arrays
 from trainings import OPTIONS, make_samples, make_trainer, progress_of
 
+from ldm.networks import layer_set
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
+from ldm.training import train_step as train_step_module
+from ldm.training import trained as trained_module
 from ldm.training import trainer as trainer_module
-from ldm.training.trainer import UpdateResult, count_values, settle_recompute
+from ldm.training.trained import count_values, settle_recompute
+from ldm.training.trainer import UpdateResult
 from ldm.weights.diffusers_names import diffusers_names
 
 STEPS = 20
@@ -129,6 +133,51 @@ def test_twenty_steps_equal_pytorch(tmp_path, config, changes):
     assert weight_error <= 1e-3
 
 
+@pytest.fixture
+def accelerator(monkeypatch) -> None:
+    """The layers and the joined float32 masters of an accelerator; of the first Ascend 910, for a CPU has no
+    kernels of newer ones.
+    """
+    for module in (layer_set, train_step_module, trainer_module):
+        monkeypatch.setattr(module, "is_on_cpu", lambda: False)
+
+
+def test_twenty_steps_of_an_accelerator_equal_pytorch(tmp_path, accelerator):
+    options = dataclasses.replace(OPTIONS, clip_grad=True, max_grad_norm=0.5)
+    loss_error, weight_error = compare(tmp_path, SHALLOW, options)
+    print(f"largest relative loss difference {loss_error:.2e}, change of the weights {weight_error:.2e}")
+    assert loss_error <= 1e-4 and weight_error <= 1e-3
+
+
+def test_an_accelerator_in_float16_trains_float32_masters(tmp_path, accelerator, monkeypatch):
+    """Its losses are those of a CPU in float16, as far as that rounds; an overflow leaves all as it was; and
+    a CPU takes over its state.
+    """
+    config, options = in_half(SHALLOW), dataclasses.replace(OPTIONS, use_ema=True, clip_grad=True)
+    samples, model = make_samples(tmp_path, options), random_model(config)
+    trainer = make_trainer(model, config, options, samples)
+    dtypes = [str(parameter.dtype) for parameter in trainer.masters.own]
+    assert set(dtypes) == {"Float16", "Float32"} and 4 * len(trainer.masters.trained) < len(dtypes)
+    losses = [trainer.one_update()[0] for _ in range(8)]
+    before = {name: array.copy() for name, array in trainer.state()[0].items()}
+    trainer.loss_scale.value = 2.0**60
+    assert trainer.one_update().skipped
+    arrays, counters = trainer.state()
+    assert all(np.array_equal(array, before[name]) for name, array in arrays.items())
+    followed = dict(zip((p.name for p in trainer.masters.own), trainer.masters.own))
+    for name, master in trainer.weights().items():
+        own = followed[name]
+        assert np.array_equal(own.asnumpy(), ms.Tensor(master).astype(own.dtype).asnumpy())
+    monkeypatch.undo()
+    cpu = make_trainer(random_model(config), config, options, samples)
+    theirs = [cpu.one_update()[0] for _ in range(8)]
+    error = np.abs(np.array(losses) / np.array(theirs) - 1).max()
+    print(f"largest relative difference of a loss {error:.1e}")
+    assert error <= 1e-2
+    cpu.restore(arrays, counters, "state")
+    assert all(np.array_equal(p.asnumpy(), arrays[name]) for name, p in cpu.state()[0].items())
+
+
 def test_without_class_pictures_the_loss_is_the_instance_term(tmp_path):
     options = dataclasses.replace(OPTIONS, with_prior_preservation=False, use_ema=True, warmup_steps=3)
     samples, model = make_samples(tmp_path, options, with_class=False), random_model(SHALLOW)
@@ -143,7 +192,7 @@ def test_without_class_pictures_the_loss_is_the_instance_term(tmp_path):
         not np.array_equal(averages[name].asnumpy(), p.asnumpy()) for name, p in trainer.weights().items()
     )
     trained, all_values = count_values(model, options.train_text_encoder)[::-1]
-    assert trained == trainer.trained_values == sum(p.size for p in trainer.parameters) < all_values
+    assert trained == trainer.trained_values == sum(p.size for p in trainer.masters.trained) < all_values
     # weights, two moments, averages, of 4 bytes each
     assert sum(p.nbytes for p in trainer.state()[0].values()) == 4 * 4 * trained
 
@@ -197,14 +246,14 @@ def test_too_many_overflows_in_a_row_end_the_training_with_its_weights(tmp_path,
     assert trainer.global_step == 3 and trainer.updates_applied == 0
     assert all(np.array_equal(value, before[name]) for name, value in weights_as_arrays(half).items())
     trainer.require_finite_weights()
-    trainer.parameters[0].set_data(trainer.parameters[0] * float("nan"))
+    trainer.masters.trained[0].set_data(trainer.masters.trained[0] * float("nan"))
     with pytest.raises(FloatingPointError, match="1 weights are not finite after step 3"):
         trainer.require_finite_weights()
 
 
 def test_recompute_is_decided_once_and_never_with_dropout(monkeypatch):
     for low in (False, True):
-        monkeypatch.setattr(trainer_module, "memory_is_low", lambda size, low=low: low)
+        monkeypatch.setattr(trained_module, "memory_is_low", lambda size, low=low: low)
         assert [settle_recompute(given, 10, 0.0) for given in (True, False, None)] == [True, False, low]
         assert settle_recompute(None, 10, 0.1) is False
     with pytest.raises(ValueError, match="recompute does not work with dropout"):

@@ -38,7 +38,7 @@ def test_every_version_has_its_configuration():
     }  # fmt: skip
     assert [v for v in VERSIONS if sizes[v].unet.upcast_attention] == ["2.0-v", "2.1", "2.1-v"]
     assert sizes["1.5"].unet.heads(1280) == 8 and sizes["2.1"].unet.heads(1280) == 20
-    assert not sizes["2.1-v"].use_fp16 and len(configurations()) == 5
+    assert sizes["2.1-v"].precision == "auto" and len(configurations()) == 5
 
 
 @pytest.mark.parametrize("version", ["1.5", "2.0"])

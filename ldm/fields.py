@@ -1,0 +1,72 @@
+"""What the fields of an option class say, and what both classes have in common: ldm/options.py and
+ldm/sample_options.py. Must not import mindspore.
+
+A dataclass field is the flag, the key of a configuration file, the type, the default and the help, at once;
+and it says what depends on it. `ldm.command_line` turns flags and files into these objects.
+"""
+
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+
+from ldm.config import ConfigError
+from ldm.versions import VERSIONS
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+SAMPLER_NAMES = ("plms", "ddim", "dpm_solver", "dpm_solver_pp", "uni_pc")
+DEVICES = ("auto", "Ascend", "CPU")
+SAVE_FORMATS = ("mindspore", "safetensors", "stability", "diffusers")
+SAVE_DTYPES = ("float32", "float16", "bfloat16")
+PRECISION_HELP = "of all products; auto: as the YAML says, else float16 on Ascend, float32 on a CPU"
+FORCE_PRECISION_HELP = "take a precision that the device does not compute in"
+FLASH_ATTENTION_HELP = "attention in one kernel where the device has it (Atlas A2, A3), or off"
+DETERMINISTIC_HELP = "on Ascend: the same bits in every run, at some speed [exchanges between devices only]"
+VERSION_HELP = "1.4, 1.5, 2.0, 2.0-v, 2.1 or 2.1-v: chooses YAML and published file in models/ [by the file]"
+
+
+def option(  # noqa: PLR0913 (a field says a lot)
+    default, group: str, text: str, *, aliases: Sequence[str] = (), choices: Sequence = (), metavar: str = "",
+    least=None, above=None, below=None, shapes_graph: bool = True, changes_result: bool = True,
+):  # fmt: skip
+    """A field with what its flag needs.
+
+    Args:
+        text: for --help, where the default follows in brackets unless the text ends with brackets of its own.
+            Empty: the option is not shown.
+        least, above, below: bounds.
+        shapes_graph: a compiled graph of the training may depend on it; else the graphs are shared.
+        changes_result: the weights that a training ends with depend on it; else it may differ when a run is
+            resumed. Files and folders are False: their contents are compared.
+    """
+    return field(default=default, metadata=dict(
+        group=group, text=text, aliases=aliases, choices=choices, metavar=metavar, least=least, above=above,
+        below=below,
+        shapes_graph=shapes_graph, changes_result=changes_result,
+    ))  # fmt: skip
+
+
+def run_option(default, group: str, text: str, **more):
+    """About the run, not about what is computed; or the path of a file, whose content is compared."""
+    return option(default, group, text, shapes_graph=False, changes_result=False, **more)
+
+
+def value_option(default, group: str, text: str, **more):
+    """A value that graphs take as an input, or that decides which inputs they get."""
+    return option(default, group, text, shapes_graph=False, **more)
+
+
+def require_weights(path: Path, hint: str) -> None:
+    if not path.exists():
+        raise ConfigError(f"checkpoint {path}: no such file or folder; {hint}")
+
+
+def check_version(version: str | None) -> None:
+    if version not in (None, *VERSIONS):
+        raise ConfigError(f"SD_VERSION must be one of {', '.join(VERSIONS)}, got {version!r}")
+
+
+def refuse_lora(options) -> None:
+    if options.use_lora or options.lora_rank != 4 or getattr(options, "lora_ckpt_path", None):
+        raise ConfigError(
+            "LoRA (use_lora, lora_rank, lora_ckpt_path): not available yet; leave the options out"
+        )
