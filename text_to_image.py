@@ -71,6 +71,7 @@ def load_pipeline(options: SampleOptions, source: Source) -> Callable[..., np.nd
     model = build_model(source.config, fuses_attention=options.flash_attention != "off")
     load_checkpoint(model, source, options.use_ema_weights)
     check_prediction(model, source)
+    model.cast_weights()
     return text_to_image.TextToImage(model, source.config)
 
 

@@ -10,6 +10,7 @@ from ldm.config import ModelConfig
 from ldm.device import default_precision
 from ldm.networks.autoencoder import AutoencoderKL
 from ldm.networks.layer_set import LayerSet, layers_of_this_device
+from ldm.networks.layers import set_dtype, weights_of_products
 from ldm.networks.text_encoder import TextEncoder
 from ldm.networks.unet import UNetModel
 
@@ -44,6 +45,11 @@ class LatentDiffusion(nn.Cell):
     def parameter_names(self) -> list[str]:
         """In the order of a checkpoint."""
         return [parameter.name for parameter in self.get_parameters()]
+
+    def cast_weights(self) -> None:
+        """For inference alone: weights are cast to the compute dtype once, not in every pass."""
+        for parameter in weights_of_products(self):
+            set_dtype(parameter, self.unet.dtype)
 
     def take_out_frozen(self, train_text_encoder: bool) -> list[nn.Cell]:
         """The networks that are not trained; they are no part of this cell afterwards."""

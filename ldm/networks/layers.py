@@ -7,7 +7,7 @@ Norms and softmax compute in float32 and answer in the dtype they were given. `l
 import math
 
 import mindspore as ms
-from mindspore import Parameter, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
 from ldm.networks.kernels import GELU as GELUKernel
@@ -256,3 +256,19 @@ class CausalAttention(nn.Cell):
     def construct(self, qkv):
         q, k, v = self.thirds(qkv)
         return self.attention(q, k, v)
+
+
+def weights_of_products(network: nn.Cell) -> list[Parameter]:
+    """Weights and biases of the layers that multiply, which cast them to their compute dtype."""
+    cells = [cell for _, cell in network.cells_and_names() if isinstance(cell, (Dense, Conv2d))]
+    return [parameter for cell in cells for parameter in cell.get_parameters()]
+
+
+def set_dtype(parameter: Parameter, dtype) -> None:
+    """Change the dtype of a parameter, and of its values where it has any."""
+    if parameter.dtype == dtype:
+        return
+    values = None if parameter.has_init else parameter.asnumpy()
+    parameter.set_dtype(dtype)
+    if values is not None:  # from the host: a copy on the device keeps its old dtype
+        parameter.set_data(Tensor(values, dtype))

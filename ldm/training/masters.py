@@ -15,6 +15,7 @@ from mindspore.common.initializer import initializer
 from mindspore.ops.auto_generate import InplaceCopy, SplitWithSize
 
 from ldm.device import has_newer_kernels
+from ldm.networks.layers import set_dtype
 
 LARGEST = 64 << 20  # values of a joined array, about: what an update needs beside the weights is of its size
 MOST = 120  # members of one: MindSpore's compiler gives up on a split into hundreds of parts
@@ -79,7 +80,7 @@ class Masters(nn.Cell):
             [self._master(number, group) for number, group in enumerate(self.groups)]
         )
         for parameter, its_dtype in zip(parameters, dtypes):
-            parameter.set_dtype(its_dtype)
+            set_dtype(parameter, its_dtype)
         self.members = tuple(ParameterTuple([parameters[place] for place in group]) for group in self.groups)
         self.sizes = tuple(tuple(parameters[place].shape[0] for place in group) for group in self.groups)
         self.places = tuple(map(tuple, self.groups))

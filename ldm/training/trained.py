@@ -9,7 +9,6 @@ from ldm.device import is_on_cpu
 from ldm.memory import memory_is_low
 from ldm.networks.attention import BasicTransformerBlock
 from ldm.networks.latent_diffusion import LatentDiffusion
-from ldm.networks.layers import Conv2d, Dense
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +73,3 @@ def make_trainable(model: LatentDiffusion, train_text_encoder: bool, recompute: 
             if isinstance(cell, BasicTransformerBlock):
                 cell.recompute_feed_forward()
     return [parameter for network in networks for parameter in reversed(network.trainable_params())]
-
-
-def in_products(networks: list[nn.Cell]) -> list[Parameter]:
-    """Weights and biases of layers that multiply, which they cast to their compute dtype."""
-    cells = [cell for network in networks for _, cell in network.cells_and_names()]
-    layers = [cell for cell in cells if isinstance(cell, (Dense, Conv2d))]
-    return [parameter for layer in layers for parameter in layer.get_parameters()]

@@ -16,6 +16,7 @@ from mindspore import Parameter, ParameterTuple, Tensor
 from ldm.config import ModelConfig
 from ldm.device import has_newer_kernels, is_dry_run, is_on_cpu
 from ldm.networks.latent_diffusion import LatentDiffusion
+from ldm.networks.layers import weights_of_products
 from ldm.options import TrainOptions
 from ldm.ranks import ALONE, Ranks
 from ldm.schedule import NoiseSchedule
@@ -25,7 +26,7 @@ from ldm.training.masters import Masters
 from ldm.training.optim import AdamW, FusedAdamW, LearningRate, LossScale, MovingAverage
 from ldm.training.progress import Progress
 from ldm.training.train_step import Apply, ApplyCollected, Check, Clear, GlobalNorm, TrainStep
-from ldm.training.trained import in_products, make_trainable, trained_networks
+from ldm.training.trained import make_trainable, trained_networks
 from ldm.weights.checkpoint import as_numpy, is_finite, require_values
 
 COUNTERS = ("global_step", "updates_applied")  # of the trainer's state
@@ -81,9 +82,8 @@ def build_trainer(
     """The trainer of a model as the options say. It holds the networks that are trained, and no other."""
     parameters = make_trainable(model, options.train_text_encoder, bool(options.recompute))
     networks = trained_networks(model, options.train_text_encoder)
-    masters = Masters(
-        parameters, joins=not is_on_cpu(), halved=in_products(networks), dtype=networks[0].dtype
-    )
+    halved = [own for network in networks for own in weights_of_products(network)]
+    masters = Masters(parameters, joins=not is_on_cpu(), halved=halved, dtype=model.unet.dtype)
     loss = DreamBoothLoss(
         model.unet,
         model.cond_stage_model if options.train_text_encoder else None,

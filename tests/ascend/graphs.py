@@ -17,6 +17,8 @@ import numpy as np  # noqa: E402
 from ldm.config import read_model_config  # noqa: E402
 from ldm.device import start_device  # noqa: E402
 
+GENERATING = ("encode", "decode", "text", "guided")
+
 
 def main(precision: str, *graphs: str) -> None:
     start_device("Ascend", 0)
@@ -36,6 +38,8 @@ def main(precision: str, *graphs: str) -> None:
     def zeros(*shape, dtype=np.float32) -> Tensor:
         return Tensor(np.zeros(shape, dtype))
 
+    if graphs[0] in GENERATING:
+        model.cast_weights()
     context = zeros(4, 77, config.unet.context_dim)
     calls = {
         "encode": (Encode(model.first_stage_model), zeros(2, 3, 32, 32)),
