@@ -108,8 +108,9 @@ class SampleOptions:
         object.__setattr__(self, "version", self.version or version_from_environment())
 
     def kept_apart(self) -> "SampleOptions":
-        """In a dry run with a folder of its own, for what it draws is nothing."""
-        return replace(self, output_path=str(Path(self.output_path) / "dry_run")) if is_dry_run() else self
+        """In a dry run with a folder of its own, for what it draws is nothing; the grid lies beside that."""
+        output = Path(self.output_path)
+        return replace(self, output_path=str(output / "dry_run" / output.name)) if is_dry_run() else self
 
     @property
     def model_config(self) -> str:

@@ -163,7 +163,8 @@ def cache_folder(tmp_path_factory) -> None:
 def place(tmp_path_factory) -> Path:
     """A user's folder: a model, its configuration, an options file and five pictures."""
     folder = tmp_path_factory.mktemp("user")
-    OmegaConf.save(dataclasses.asdict(SHALLOW), folder / "model.yaml")
+    config = dataclasses.replace(SHALLOW, precision="auto")
+    OmegaConf.save(dataclasses.asdict(config), folder / "model.yaml")
     save_weights(weights_of(random_model(SHALLOW)), folder / "models/base.ckpt")
     write_pictures(folder / "my dog", 5)
     (folder / "train.yaml").write_text(

@@ -71,10 +71,10 @@ def test_a_training_step_has_a_kernel_for_everything(flags):
     assert found["launches"].get("AllFinite", 0) == ("--precision=float16" in flags)
 
 
-def test_an_update_of_two_ranks_exchanges_joined_gradients_and_the_overflow():
+def test_an_update_of_two_ranks_exchanges_joined_gradients_the_overflow_and_the_losses():
     alone, two = step("--precision=float16"), step("--precision=float16", "--ranks=2")
     arrays = alone["launches"]["AdamW"]
-    assert two["launches"]["AllReduce"] == arrays + 1
+    assert two["launches"]["AllReduce"] == arrays + 2
     assert two["kinds"]["AllReduce"] == "hccl" and not two["on_cpu"]
 
 
