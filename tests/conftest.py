@@ -45,7 +45,6 @@ SHALLOW = ModelConfig(
     autoencoder=AutoencoderConfig(3, 4, 16, (1, 2), 1, 0.5, norm_groups=4),
     text_encoder=TextEncoderConfig(49408, 77, 48, 3, 2),
     noise_schedule=ScheduleConfig(1000, 0.00085, 0.012, "epsilon"),
-    precision="float32",
 )
 DEEP = ModelConfig(
     image_size=64,
@@ -163,8 +162,7 @@ def cache_folder(tmp_path_factory) -> None:
 def place(tmp_path_factory) -> Path:
     """A user's folder: a model, its configuration, an options file and five pictures."""
     folder = tmp_path_factory.mktemp("user")
-    config = dataclasses.replace(SHALLOW, precision="auto")
-    OmegaConf.save(dataclasses.asdict(config), folder / "model.yaml")
+    OmegaConf.save(dataclasses.asdict(SHALLOW), folder / "model.yaml")
     save_weights(weights_of(random_model(SHALLOW)), folder / "models/base.ckpt")
     write_pictures(folder / "my dog", 5)
     (folder / "train.yaml").write_text(

@@ -36,7 +36,8 @@ def test_all_modules_have_the_same_layers_with_the_same_arguments(module):
 
 def model_of(module, config, weights):
     """The networks of a module's layers, with the given weights."""
-    model = build_model(config, initialise=True, layers=LayerSet(module, getattr(ms, config.precision)))
+    dtype = ms.float16 if config.precision == "float16" else ms.float32
+    model = build_model(config, initialise=True, layers=LayerSet(module, dtype))
     for parameter in model.get_parameters():
         parameter.set_data(ms.Tensor(weights[parameter.name]))
     return model
