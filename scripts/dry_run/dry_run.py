@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from make_stubs import make_stubs  # noqa: E402
+from make_stubs import make_stubs, mindspore_folder  # noqa: E402
 
 from ldm.files import cache_folder  # noqa: E402
 
@@ -55,23 +55,17 @@ def environment(soc: str = "Ascend910B2", simulates: bool = True, **more: str) -
         simulates: otherwise the runtime starts for real, as far as empty functions take it.
     """
     stubs = make_stubs(cache_folder() / "cann_stubs")
-    mindspore = Path(_mindspore())
     variables = {
         "ASCEND_HOME_PATH": str(stubs / "latest"),
         "ASCEND_OPP_PATH": str(stubs / "latest/opp"),
-        "LD_LIBRARY_PATH": f"{stubs / 'latest/lib64'}:{mindspore / 'lib'}",
+        "LD_LIBRARY_PATH": f"{stubs / 'latest/lib64'}:{mindspore_folder() / 'lib'}",
         "LD_PRELOAD": str(stubs / "libd_collective.so"),
         "PYTHONPATH": f"{stubs / 'python'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "DRY_RUN_SOC": soc,
+        "MS_DEV_SAVE_GRAPHS_PATH": str(stubs / "left"),  # else MindSpore leaves a folder where one works
         "MS_SIMULATION_LEVEL": "1" if simulates else "",
     }
     return os.environ | variables | more
-
-
-def _mindspore() -> str:
-    from importlib.util import find_spec
-
-    return os.path.dirname(find_spec("mindspore").origin)
 
 
 def run_counted(command: list[str], soc: str = "Ascend910B2", timeout: float = 1800, **more: str):

@@ -33,14 +33,19 @@ NOT_CANN = ("Py", "_Py", "__", "_ITM_", "_ZTH", "_Jv")
 LINK = "-Wl,--no-as-needed"
 
 
-def make_stubs(folder: Path, mindspore: Path | None = None) -> Path:
+def mindspore_folder() -> Path:
+    """Where MindSpore is installed; it is not imported."""
+    return Path(find_spec("mindspore").origin).parent
+
+
+def make_stubs(folder: Path) -> Path:
     """Make the stub libraries in `folder`, unless they are there for this MindSpore. Returns the folder.
 
     Raises:
         ValueError: a compiler is missing, or this is no x86-64.
         subprocess.CalledProcessError: a tool failed.
     """
-    mindspore = mindspore or Path(find_spec("mindspore").origin).parent
+    mindspore = mindspore_folder()
     stamp, version = folder / "made_for", f"{mindspore} {mindspore.stat().st_mtime_ns} {_own_sources()}"
     if stamp.exists() and stamp.read_text() == version:
         return folder
