@@ -11,10 +11,10 @@ import numpy as np
 from ldm import images
 from ldm.command_line import Ending, parse_options, progress_bar, start_logging
 from ldm.config import ConfigError
-from ldm.device import log_device, start_device
+from ldm.device import log_device
 from ldm.run.compile_cache import CompileCache
 from ldm.sample_options import SampleOptions
-from ldm.weights.choice import open_model
+from ldm.weights.choice import open_model, put_on_device
 from ldm.weights.source import Source
 
 logger = logging.getLogger("text_to_image")
@@ -30,9 +30,8 @@ def main(argv: list[str] | None = None) -> None:
         config.check_size(H=options.H, W=options.W)
         prompts = read_prompts(options)
         # imports mindspore, which a typing error need not wait for
-        start_device(options.device, options.mode, options.deterministic)
-        source = source.on_this_device(options.precision, options.force_precision)
-        log_device(source.config.precision)
+        options, source = put_on_device(options, source)
+        log_device(options.precision)
         facts = {
             "attention": options.flash_attention,
             "n": options.n_samples,

@@ -48,11 +48,11 @@ def main(argv: list[str] | None = None) -> None:
         from ldm.device import log_device
         from ldm.ranks import check_launch, join
         from ldm.run.folder import RunFolder
-        from ldm.weights.choice import open_on_device
+        from ldm.weights.choice import open_model, put_on_device
 
         check_launch(options.use_parallel)
-        options, source = open_on_device(options)
-        options = options.for_model(source.config)
+        source = open_model(options)
+        options, source = put_on_device(options.for_model(source.config), source)
         ranks = join(options.device, options.use_parallel)  # in which msrun's scheduler serves, and exits
         ending.joined(ranks.rank, ranks.size)
         folder = RunFolder.open(options, ranks)

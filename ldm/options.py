@@ -238,7 +238,7 @@ class TrainOptions:
         """With what was left to the model filled in. Raises ConfigError for images that it cannot make."""
         size = self.image_size or config.image_size
         config.check_size(image_size=size)
-        return dataclasses.replace(self, image_size=size, precision=config.precision)
+        return dataclasses.replace(self, image_size=size)
 
     def check(self) -> None:
         """Raise ConfigError for combinations that cannot work and for files that are not there."""

@@ -25,10 +25,6 @@ from ldm.networks.layers import AddPerChannel, GroupNorm, GroupNormSiLU, QuickGE
 __all__ = ["AddPerChannel", "GroupNorm", "GroupNormSiLU", "QuickGELU"]  # as they are
 
 
-def _linear(layer: layers.Dense, x, weight, bias):
-    return layer.linear(x.astype(layer.dtype), weight.astype(layer.dtype), bias.astype(layer.dtype))
-
-
 class Dense(layers.Dense):
     """With its bias in one kernel."""
 
@@ -37,26 +33,17 @@ class Dense(layers.Dense):
         self.linear = Linear()
 
     def apply(self, x, weight, bias):
-        # without a bias Linear's gradient would transpose
-        return _linear(self, x, weight, bias) if self.has_bias else super().apply(x, weight, bias)
+        if not self.has_bias:  # Linear's gradient would transpose
+            return layers.Dense.apply(self, x, weight, bias)
+        return self.linear(x.astype(self.dtype), weight.astype(self.dtype), bias.astype(self.dtype))
 
 
-class PlacesToTokens(layers.PlacesToTokens):
-    def __init__(self, channels: int, is_linear: bool = True, dtype=ms.float32) -> None:
-        super().__init__(channels, is_linear, dtype)
-        self.linear = Linear()
-
-    def apply(self, x, weight, bias):
-        return _linear(self, x, weight, bias)
+class PlacesToTokens(layers.PlacesToTokens, Dense):
+    """With the product of this Dense."""
 
 
-class TokensToPlaces(layers.TokensToPlaces):
-    def __init__(self, channels: int, is_linear: bool = True, dtype=ms.float32) -> None:
-        super().__init__(channels, is_linear, dtype)
-        self.linear = Linear()
-
-    def apply(self, x, weight, bias):
-        return _linear(self, x, weight, bias)
+class TokensToPlaces(layers.TokensToPlaces, Dense):
+    """With the product of this Dense."""
 
 
 class Conv2d(layers.Conv2d):

@@ -22,7 +22,7 @@ MOST = 120  # members of one: MindSpore's compiler gives up on a split into hund
 
 # loops over hundreds of parameters are maps: MindSpore unrolls a `for` into nested calls of limited depth
 _pick = ops.MultitypeFuncGraph("pick")
-_put = ops.MultitypeFuncGraph("put")
+put = ops.MultitypeFuncGraph("put")
 
 
 @_pick.register("Tuple", "Number")
@@ -30,9 +30,9 @@ def _pick_one(gradients, place):
     return gradients[place]
 
 
-@_put.register("Function", "Tensor", "Tensor")
-def _put_one(put, place, values):
-    return put(place, values)
+@put.register("Function", "Tensor", "Tensor")
+def _put_one(kernel, place, values):
+    return kernel(place, values)
 
 
 def in_place():
@@ -113,7 +113,7 @@ class Masters(nn.Cell):
             members, sizes = self.members[number], self.sizes[number]
             row = self.trained[number].astype(self.gradient_dtypes[number])
             parts = self.split(row, sizes, 0) if len(sizes) > 1 else (row,)
-            done = done + self.map(ops.partial(_put, self.copy), members, parts)
+            done = done + self.map(ops.partial(put, self.copy), members, parts)
         return done
 
     def follow(self) -> None:

@@ -14,7 +14,7 @@ from mindspore.ops.auto_generate import SplitWithSize
 from ldm.device import is_on_cpu
 from ldm.ranks import Ranks
 from ldm.training.loss import DreamBoothLoss
-from ldm.training.masters import Masters, in_place
+from ldm.training.masters import Masters, in_place, put
 from ldm.training.optim import AdamW, zeros_beside
 
 # values; hundreds of small kernels cost 30 us each to start, one Concat of all small gradients 3 ms
@@ -23,7 +23,6 @@ _norm_part = ops.MultitypeFuncGraph("norm_part")
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 _add_to = ops.MultitypeFuncGraph("add_to")
 _plus = ops.MultitypeFuncGraph("plus")
-_put = ops.MultitypeFuncGraph("put")
 _clear = ops.MultitypeFuncGraph("clear")
 _flat = ops.MultitypeFuncGraph("flat")
 _shaped = ops.MultitypeFuncGraph("shaped")
@@ -57,11 +56,6 @@ def _add_to_one(total, gradient):
 @_plus.register("Function", "Tensor", "Tensor")
 def _plus_one(put, total, gradient):
     return put(total, total + gradient)
-
-
-@_put.register("Function", "Tensor", "Tensor")
-def _put_one(put, total, gradient):
-    return put(total, gradient)
 
 
 @_clear.register("Function", "Tensor")
@@ -203,7 +197,7 @@ class TrainStep(nn.TrainOneStepCell):
         if self.accumulates:
             norm = ops.depend(norm, self.add_to_sums(gradients))
         elif self.collects:
-            norm = ops.depend(norm, self.map(ops.partial(_put, self.put), self.sums, gradients))
+            norm = ops.depend(norm, self.map(ops.partial(put, self.put), self.sums, gradients))
         else:
             norm = self.norm(gradients, factor)
             norm = self.apply_update(gradients, norm, factor, *scalars)
@@ -217,8 +211,9 @@ class Check(nn.Cell):
     gradients, and they saturate instead of becoming infinite, so that no exchange of them carries it on.
 
     Args:
+        step: which collects them.
+        ranks: among whom the sums of several steps are averaged first.
         can_overflow: float16 compute: gradients that are not finite must not be applied.
-        averages: the sums are averaged over the processes first.
 
     Returns:
         float32 (2,): 1 where they can be applied, else 0; and the global norm (0 without clipping).
@@ -238,7 +233,7 @@ class Check(nn.Cell):
         gradients, good = self.sums, Tensor(1.0, ms.float32)
         if self.averages:
             gradients = self.mean_over_ranks(gradients)
-            good = ops.depend(good, self.map(ops.partial(_put, self.put), self.sums, gradients))
+            good = ops.depend(good, self.map(ops.partial(put, self.put), self.sums, gradients))
         if self.can_overflow:
             good = good * ms.amp.all_finite(gradients).astype(ms.float32)
             if self.is_shared:

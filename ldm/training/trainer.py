@@ -169,13 +169,13 @@ class Trainer:
 
     def _apply_collected(self, scalars: list) -> tuple[bool, float]:
         """Whether the collected gradients were applied, and their norm."""
-        factor = scalars[0]
-        is_good, norm = self.check(factor).asnumpy()
-        if is_good or is_dry_run():
+        good, norm = self.check(scalars[0]).asnumpy()
+        is_good = bool(good) or is_dry_run()  # in which the answer means nothing
+        if is_good:
             self.apply_collected(Tensor(norm, ms.float32), *scalars)
         if self.clear:
             self.clear()
-        return bool(is_good) or is_dry_run(), float(norm)
+        return is_good, float(norm)
 
     def _count(self, skipped: bool) -> None:
         """After an update: counters, loss scale, averages."""

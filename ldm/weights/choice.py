@@ -41,15 +41,13 @@ def open_model(options: ModelOptions) -> Source:
     return choose_config(source, options.model_config, options.version)
 
 
-def open_on_device(options):
-    """Options, with the device in use, and `open_model`, with the precision that it computes in there.
-
-    Raises as `open_model`, ldm.device.start_device and ldm.device.settle_precision do.
+def put_on_device(options, source: Source):
+    """Options of either command, and the model, with the device in use and the precision that networks
+    compute in there. Raises as ldm.device.start_device and ldm.device.settle_precision do.
     """
-    source = open_model(options)
     device = start_device(options.device, options.mode, options.deterministic)
     source = source.on_this_device(options.precision, options.force_precision)
-    return dataclasses.replace(options, device=device), source
+    return dataclasses.replace(options, device=device, precision=source.config.precision), source
 
 
 def choose_config(source: Source, given: str = "auto", version: str | None = None) -> Source:
