@@ -161,9 +161,10 @@ class Drawer:
 def test_pictures_come_prompt_by_prompt(place, tmp_path, monkeypatch, extra, wanted):
     import text_to_image
     from ldm.sampling import text_to_image as pipeline
+    from ldm.weights import choice
 
     monkeypatch.setattr(pipeline, "TextToImage", Drawer)
-    monkeypatch.setattr(text_to_image, "start_device", lambda *_: "CPU")  # it was started by an earlier test
+    monkeypatch.setattr(choice, "start_device", lambda *_: "CPU")  # it was started by an earlier test
     (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
     text_to_image.main([
         f"--config={place / 'model.yaml'}", f"--ckpt_path={place / 'models/base.ckpt'}",
