@@ -2,8 +2,7 @@
 kernels (aclnn).
 
 An old one (aclop) costs the host several times as much to start, and a step is thousands of them. None of the
-operators below has a kernel for a CPU: tests/networks/test_layers_ascend.py puts in their place what is
-documented of them.
+operators below has a kernel for a CPU: tests/cann.py puts in their place what is documented of them.
 """
 
 import mindspore as ms
