@@ -15,15 +15,14 @@ INV_SQRT2 = 0.5**0.5
 INV_SQRT_2PI = (2 * np.pi) ** -0.5
 
 
-def half_square(x):
-    """-x^2 / 2, for the exponent of a normal density.
-
-    In float16 x^2 is infinite beyond 256, which the first Ascend 910 takes for an overflow of the gradients,
-    whatever comes of it. The density is 0 in float16 long before 16.
+def normal_density(x):
+    """exp(-x^2 / 2) / sqrt(2 pi), by way of float32: in float16 x^2 is infinite beyond 256, which the first
+    Ascend 910 takes for an overflow of the gradients, whatever comes of it.
     """
-    if x.dtype == ms.float16:
-        x = ops.clamp(x, -16.0, 16.0)
-    return x * x * -0.5
+    # no branch on the dtype: MindSpore loses the branches of a function that two gradients call, one of them
+    # within another (the text encoder's, and that of --recompute)
+    wide = x.astype(ms.float32)
+    return (ops.exp(wide * wide * -0.5) * INV_SQRT_2PI).astype(x.dtype)
 
 
 class GELU(nn.Cell):
@@ -36,7 +35,7 @@ class GELU(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.erf, self.exp = ops.Erf(), ops.Exp()
+        self.erf = ops.Erf()
 
     def construct(self, x):
         """GELU, and the distribution function for the gradient."""
@@ -45,7 +44,7 @@ class GELU(nn.Cell):
 
     def bprop(self, x, out, dout):
         x = ops.depend(x, dout[0])
-        pdf = self.exp(half_square(x)) * INV_SQRT_2PI
+        pdf = normal_density(x)
         return (dout[0] * (out[1] + x * pdf),)
 
 
@@ -56,7 +55,6 @@ class GatedGELU(nn.Cell):
         super().__init__()
         self.halves, self.join = ops.Split(-1, 2), ops.Concat(-1)
         self.gelu = GELU()
-        self.exp = ops.Exp()
 
     def construct(self, x):
         """The gated half, and the distribution function for the gradient."""
@@ -67,7 +65,7 @@ class GatedGELU(nn.Cell):
     def bprop(self, x, out, dout):
         cdf, dy = out[1], dout[0]
         value, gate = self.halves(ops.depend(x, dy))
-        pdf = self.exp(half_square(gate)) * INV_SQRT_2PI
+        pdf = normal_density(gate)
         return (self.join((dy * gate * cdf, dy * value * (cdf + gate * pdf))),)
 
 

@@ -110,15 +110,21 @@ PREDICTS_V = dataclasses.replace(
     SHALLOW, noise_schedule=dataclasses.replace(SHALLOW.noise_schedule, prediction_type="v_prediction")
 )
 VARIANTS = {
-    "text_encoder_accumulation_clipping": (
+    "text_encoder_accumulation_clipping_recompute": (
         SHALLOW,
-        dict(train_text_encoder=True, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5),
+        dict(
+            train_text_encoder=True,
+            gradient_accumulation_steps=2,
+            clip_grad=True,
+            max_grad_norm=0.5,
+            recompute=True,
+        ),
     ),
     "v_prediction_frozen_text_accumulation_clipping": (
         PREDICTS_V,
         dict(train_text_encoder=False, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5),
     ),
-    "stable_diffusion_1_text_encoder_recompute": (V1, dict(train_text_encoder=True, recompute=True)),
+    "stable_diffusion_1_text_encoder": (V1, dict(train_text_encoder=True)),
 }
 
 
