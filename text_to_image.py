@@ -66,9 +66,12 @@ def load_pipeline(options: SampleOptions, source: Source) -> Callable[..., np.nd
     from ldm.sampling import text_to_image
     from ldm.sampling.prediction import check_prediction
     from ldm.weights.checkpoint import load_checkpoint
+    from ldm.weights.lora_merge import read_loras
 
     model = build_model(source.config, fuses_attention=options.flash_attention != "off")
-    load_checkpoint(model, source, options.use_ema_weights)
+    shapes = {parameter.name: parameter.shape for parameter in model.get_parameters()}
+    added = read_loras(options.loras, shapes, source.config, options.lora_rank)
+    load_checkpoint(model, source, options.use_ema_weights, added)
     check_prediction(model, source)
     model.cast_weights()
     return text_to_image.TextToImage(model, source.config)

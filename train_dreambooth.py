@@ -6,7 +6,6 @@ signals are seen to before any thread starts (ldm/run/stopping.py).
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +21,9 @@ if TYPE_CHECKING:
     from ldm.run.folder import RunFolder
     from ldm.run.recipe import Start
     from ldm.training.inputs import Inputs
+    from ldm.training.lora import LoraPlan
     from ldm.training.progress import Progress
     from ldm.weights.source import Source
-
-logger = logging.getLogger("train_dreambooth")
 
 
 @dataclass
@@ -39,6 +37,7 @@ class Plan:
     progress: Progress
     origin: dict
     model: LatentDiffusion
+    lora: LoraPlan | None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,24 +64,26 @@ def plan(options: TrainOptions, source: Source, folder: RunFolder, ranks: Ranks)
     """Read and decide; None where nothing is left to do. Loads no weights, generates and encodes nothing."""
     from ldm.networks.latent_diffusion import build_model
     from ldm.run.recipe import origin_of
+    from ldm.training.lora import plan_lora
     from ldm.training.progress import Progress
     from ldm.training.samples import load_instance_images
     from ldm.training.trained import count_values, settle_recompute
 
     start, config = folder.find_start(), source.config
+    model = build_model(config, fuses_attention=options.flash_attention != "off")
+    options, lora = plan_lora(options, config, model)
     images = load_instance_images(Path(options.instance_data_dir))
     progress = Progress.of(options, len(images), ranks.size)
     origin = origin_of(options, config, source.files, images, progress.samples_per_update)
     start.require_same(origin, options.allow_changed_options)
     start.require_that_it_can_continue(progress.total_updates, folder.path)
     if start.is_done(progress.total_updates) and not start.changes(origin):
-        return logger.info(progress.nothing_to_do())
+        return progress.say_that_all_is_done()
     say_what_is_new(options.warmup_steps, config.unet.dropout)
-    model = build_model(config, fuses_attention=options.flash_attention != "off")
-    values = count_values(model, options.train_text_encoder)
+    values = count_values(model, options.train_text_encoder, lora)
     folder.warn_if_disk_is_too_small(values, progress.checkpoints_to_come(start.global_step), start)
-    recompute = settle_recompute(options.recompute, values.trained, config.unet.dropout)
-    return Plan(replace(options, recompute=recompute), source, start, images, progress, origin, model)
+    recompute = settle_recompute(options.recompute, values.bytes_needed, config.unet.dropout)
+    return Plan(replace(options, recompute=recompute), source, start, images, progress, origin, model, lora)
 
 
 def prepare(work: Plan, folder: RunFolder, ranks: Ranks) -> Inputs:
@@ -101,16 +102,15 @@ def prepare(work: Plan, folder: RunFolder, ranks: Ranks) -> Inputs:
     check_prediction(model, work.source)
     show = progress_bar("class images", ranks.is_first)
     class_images = complete_class_images(options, config, model, ranks, show)
-    origin = origin_of_class_images(class_images)
+    work.origin |= (origin := origin_of_class_images(class_images))
     work.start.require_same(origin, options.allow_changed_options)
-    work.origin |= origin
     samples = DreamBoothSamples.of(options, work.instance_images, class_images)
     moments = Encoding(model.first_stage_model, samples)
     if options.cache_latents:
         count, show = work.progress.total_samples, progress_bar("latents", ranks.is_first)
         moments = moments.cached(config, folder.latents, count, options.train_batch_size, ranks, show)
     text = encode_prompts(options, config, model.cond_stage_model)
-    folder.checkpoints.take_frozen_from(model, options)
+    folder.checkpoints.take_frozen_from(model, options, work.lora and work.lora.writer(options, model))
     return Inputs(samples, moments, text, config)
 
 
@@ -120,15 +120,15 @@ def train(work: Plan, folder: RunFolder, inputs: Inputs, ranks: Ranks, stop: Sto
     from ldm.training.trainer import build_trainer
 
     options, progress, config = work.options, work.progress, work.source.config
-    facts = options.graph_facts() | {"config": config, "rank": (ranks.rank, ranks.size)}
-    graphs = CompileCache.open(options.caches_graphs, facts, after=inputs)
-    trainer = build_trainer(work.model, inputs, options, config, ranks)
+    facts = {"config": config, "rank": (ranks.rank, ranks.size), "lora": work.lora and work.lora.sizes}
+    graphs = CompileCache.open(options.caches_graphs, options.graph_facts() | facts, after=inputs)
+    trainer = build_trainer(work.model, inputs, options, config, ranks, work.lora)
     if options.device == "CPU" and ranks.size == 1:
-        graphs.restart_if_memory_is_low(trainer.compile, 4 * trainer.trained_values)
+        graphs.restart_if_memory_is_low(trainer.compile, trainer.bytes_needed)
     recorder = Recorder(folder, trainer, progress, work.origin)
     recorder.resume(work.start.state)
     if trainer.global_step >= progress.total_updates:
-        return logger.info(progress.nothing_to_do())
+        return progress.say_that_all_is_done()
     recorder.begin(len(work.instance_images))
     bar = progress_bar("training", ranks.is_first, "step")(progress.total_updates, trainer.global_step)
     with stop.postponed(), bar:
@@ -139,8 +139,7 @@ def train(work: Plan, folder: RunFolder, inputs: Inputs, ranks: Ranks, stop: Sto
                 bar.update()
                 stops = report.global_step < progress.total_updates and stop.requested(ranks)
                 recorder.save_if_due(report.global_step, stops)
-                if stops:
-                    stop.exit(ranks)
+                stop.exit_if(stops, ranks)
         except FloatingPointError as error:
             raise recorder.failed(error) from None
     recorder.end()

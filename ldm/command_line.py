@@ -130,8 +130,8 @@ def make_parser(cls) -> argparse.ArgumentParser:
         extra = {"metavar": meta["metavar"] or _metavar(spec)}
         if spec.type in (bool, bool | None):
             extra = {"metavar": "BOOL", "nargs": "?", "const": "True"}
-        elif isinstance(spec.default, tuple):
-            extra = {"metavar": "N", "nargs": "+"}
+        elif any(typing.get_origin(kind) is tuple for kind in (spec.type, *typing.get_args(spec.type))):
+            extra = {"metavar": meta["metavar"] or "N", "nargs": "+"}
         text = _help(spec) if meta["text"] else argparse.SUPPRESS
         groups[meta["group"]].add_argument(
             f"--{spec.name}", *meta["aliases"], dest=spec.name, help=text, **extra

@@ -209,20 +209,13 @@ def parse_value(value, kind, name: str):
         if typing.get_origin(kind) in (typing.Union, type(int | None))
         else [kind]
     )
-    if value is None or value == "None":
+    if value in (None, "None", ["None"]):
         if type(None) in kinds:
             return None
         raise ConfigError(f"{name} must have a value, got none")
     kind = next(k for k in kinds if k is not type(None))
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            value = " ".join(value)  # from the command line: 0.9 0.98 or 0.9,0.98
-        items = value.replace(",", " ").split() if isinstance(value, str) else value
-        args = typing.get_args(kind)
-        if not isinstance(items, (list, tuple)) or (args[-1] is not Ellipsis and len(items) != len(args)):
-            required = "a list" if args[-1] is Ellipsis else f"{len(args)} values"
-            raise ConfigError(f"{name} must be {required}, got {value!r}")
-        return tuple(parse_value(item, args[0], name) for item in items)
+        return _parse_tuple(value, typing.get_args(kind), name)
     if kind is bool:
         known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if str(value).lower() in known:
@@ -240,6 +233,21 @@ def parse_value(value, kind, name: str):
             pass
     required = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
     raise ConfigError(f"{name} must be {required}, got {value!r}")
+
+
+def _parse_tuple(value, kinds: tuple, name: str) -> tuple:
+    if kinds[0] is str:
+        items = [value] if isinstance(value, str) else value
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+        items = " ".join(value).replace(",", " ").split()  # from the command line: 0.9 0.98 or 0.9,0.98
+    else:
+        items = value.replace(",", " ").split() if isinstance(value, str) else value
+    is_any_number = kinds[-1] is Ellipsis
+    if not isinstance(items, (list, tuple)) or (not is_any_number and len(items) != len(kinds)):
+        raise ConfigError(
+            f"{name} must be {'a list' if is_any_number else f'{len(kinds)} values'}, got {value!r}"
+        )
+    return tuple(parse_value(item, kinds[0], name) for item in items)
 
 
 def _build(cls, given, where: str):

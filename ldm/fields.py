@@ -16,6 +16,8 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 SAMPLER_NAMES = ("plms", "ddim", "dpm_solver", "dpm_solver_pp", "uni_pc")
 DEVICES = ("auto", "Ascend", "CPU")
 SAVE_FORMATS = ("mindspore", "safetensors", "stability", "diffusers")
+LORA_TARGETS = ("attention", "feed_forward", "projections", "convolutions")
+LORA_FORMATS = ("kohya", "diffusers")
 SAVE_DTYPES = ("float32", "float16", "bfloat16")
 PRECISION_HELP = "of all products; auto: as the YAML says, else float16 on Ascend, float32 on a CPU"
 FORCE_PRECISION_HELP = "take a precision that the device does not compute in"
@@ -63,10 +65,3 @@ def require_weights(path: Path, hint: str) -> None:
 def check_version(version: str | None) -> None:
     if version not in (None, *VERSIONS):
         raise ConfigError(f"SD_VERSION must be one of {', '.join(VERSIONS)}, got {version!r}")
-
-
-def refuse_lora(options) -> None:
-    if options.use_lora or options.lora_rank != 4 or getattr(options, "lora_ckpt_path", None):
-        raise ConfigError(
-            "LoRA (use_lora, lora_rank, lora_ckpt_path): not available yet; leave the options out"
-        )

@@ -16,18 +16,22 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def memory_is_low(trained_bytes: int) -> bool:
-    """Whether training weights of this size may leave no room for what compiling leaves behind; False without
-    /proc.
+def training_bytes(values: int, trained_values: int) -> int:
+    """The memory that a training may need, of networks with so many values.
 
-    Weights, gradients and two moments are four times their size. With the activations and all else that a
-    full-size step needs it was 5.8 times for the UNet, and with what is left of compiling, generating and
-    encoding up to 7.5.
+    Weights, and of those that are trained a gradient and two moments. With the activations and all else that
+    a full-size step needs, training all values of the UNet took 5.8 times their size, and with what is left
+    of compiling, generating and encoding up to 7.5.
     """
+    return int(4 * (4.5 * values + 3 * trained_values))
+
+
+def memory_is_low(needed: int) -> bool:
+    """Whether so many bytes are more than this process has and can get; False without /proc."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(fields["MemAvailable"].split()[0])
         own = os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
         return False
-    return 7.5 * trained_bytes > available + own
+    return needed > available + own

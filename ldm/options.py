@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.config import PRECISIONS, ConfigError, ModelConfig
+from ldm.config import PRECISIONS, ConfigError, ModelConfig, nearest
 from ldm.device import is_dry_run
 from ldm.fields import (
     DETERMINISTIC_HELP,
@@ -13,6 +13,8 @@ from ldm.fields import (
     FLASH_ATTENTION_HELP,
     FORCE_PRECISION_HELP,
     LOG_LEVELS,
+    LORA_FORMATS,
+    LORA_TARGETS,
     PRECISION_HELP,
     SAMPLER_NAMES,
     SAVE_DTYPES,
@@ -20,7 +22,6 @@ from ldm.fields import (
     VERSION_HELP,
     check_version,
     option,
-    refuse_lora,
     require_weights,
     run_option,
     value_option,
@@ -44,10 +45,9 @@ class TrainOptions:
         None, "data", 'what they show, with a rare word: "a photo of sks dog" [required]'
     )
     class_data_dir: str | None = run_option(
-        None,
-        "data",
+        None, "data",
         "folder of class images; missing ones are generated into it [required with prior preservation]",
-    )
+    )  # fmt: skip
     class_prompt: str | None = value_option(
         None, "data", 'the same without the rare word: "a photo of a dog" [required with prior preservation]'
     )
@@ -65,10 +65,9 @@ class TrainOptions:
     )
     random_crop: bool = option(False, "data", "crop at random instead of at the centre")
     random_flip: bool | None = value_option(
-        None,
-        "data",
+        None, "data",
         "flip half of the images left to right; False for a subject with lettering [as random_crop]",
-    )
+    )  # fmt: skip
 
     train_config: str = run_option(
         "configs/train_dreambooth_sd_v2.json", "model", "JSON or YAML with any of these options"
@@ -95,20 +94,18 @@ class TrainOptions:
         "output", "model", "folder for checkpoints, log and effective configuration"
     )
 
-    train_text_encoder: bool = option(True, "training", "train the text encoder too (otherwise it is frozen)")
+    train_text_encoder: bool = option(
+        True, "training", "train the text encoder too (otherwise it is frozen)",
+        aliases=("--lora_ft_text_encoder",),
+    )  # fmt: skip
     cache_latents: bool = option(
-        True,
-        "training",
-        "encode the images once, before training; then the VAE leaves memory",
+        True, "training", "encode the images once, before training; then the VAE leaves memory",
         changes_result=False,
-    )
+    )  # fmt: skip
     train_batch_size: int = option(
-        2,
-        "training",
-        "instance images per step (plus the same number of class images)",
-        least=1,
+        2, "training", "instance images per step (plus the same number of class images)", least=1,
         changes_result=False,
-    )
+    )  # fmt: skip
     gradient_accumulation_steps: int = option(
         1, "training", "steps whose gradients are averaged for one update", least=1, changes_result=False
     )
@@ -147,12 +144,34 @@ class TrainOptions:
         False, "training", "average the weights (decay 0.9999, warmed up); saved in a file of their own"
     )
 
-    class_sampler: str = value_option(
-        "ddim",
-        "class images",
-        "how to generate them; dpm_solver_pp needs 20 steps only",
-        choices=SAMPLER_NAMES,
+    use_lora: bool = option(
+        False, "LoRA", "train low-rank additions to the weights, and save them alone: a small file"
     )
+    lora_rank: int | None = option(
+        None, "LoRA", "rank of the additions [4, or as in --lora_ckpt_path]", least=1
+    )
+    lora_alpha: float | None = option(
+        None, "LoRA", "additions are multiplied by this, over their rank [the rank]", above=0
+    )
+    lora_targets: str = option(
+        "attention", "LoRA",
+        "layers that get one: attention, and +feed_forward, +projections, +convolutions [attention]",
+        metavar="NAME+NAME",
+    )  # fmt: skip
+    lora_dropout: float = option(
+        0.0, "LoRA", "share of a layer's input that its addition does not see in training", least=0, below=1
+    )
+    lora_fp16: bool = run_option(True, "LoRA", "numbers in the saved file: float16, or float32 (False)")
+    lora_format: str = run_option(
+        "kohya", "LoRA", "names in it; kohya is what all programs read", choices=LORA_FORMATS
+    )
+    lora_ckpt_path: str | None = run_option(None, "LoRA", "a LoRA to go on from, of any program [no]")
+    lora_ft_unet: bool = run_option(True, "LoRA", "")  # in files of September 2023
+
+    class_sampler: str = value_option(
+        "ddim", "class images", "how to generate them; dpm_solver_pp needs 20 steps only",
+        choices=SAMPLER_NAMES,
+    )  # fmt: skip
     sampling_steps: int = value_option(50, "class images", "denoising steps", least=1)
     sample_batch_size: int = run_option(4, "class images", "images at a time", least=1)
     guidance_scale: float = value_option(
@@ -178,12 +197,9 @@ class TrainOptions:
         None, "run", "also save a resumable state every N updates [no]", least=1
     )
     keep_states: int = run_option(
-        1,
-        "run",
-        "how many resumable states to keep, the newest ones",
-        aliases=("--keep_checkpoints",),
+        1, "run", "how many resumable states to keep, the newest ones", aliases=("--keep_checkpoints",),
         least=1,
-    )
+    )  # fmt: skip
     resume: str | None = run_option(
         None, "run", 'continue from "latest", or from a folder states/step_* [no]', metavar="latest|PATH"
     )
@@ -194,12 +210,9 @@ class TrainOptions:
     seed: int = value_option(3407, "run", "all random numbers follow from it", least=0)
     log_level: str = run_option("INFO", "run", "how much to log", choices=LOG_LEVELS)
     device: str = option(
-        "auto",
-        "run",
-        "where to run; auto: Ascend if there is one, else CPU",
-        choices=DEVICES,
+        "auto", "run", "where to run; auto: Ascend if there is one, else CPU", choices=DEVICES,
         changes_result=False,
-    )
+    )  # fmt: skip
     precision: str = option("auto", "run", PRECISION_HELP, choices=PRECISIONS, changes_result=False)
     force_precision: bool = run_option(False, "run", FORCE_PRECISION_HELP)
     flash_attention: str = option(
@@ -207,20 +220,13 @@ class TrainOptions:
     )
     deterministic: bool | None = run_option(None, "run", DETERMINISTIC_HELP)
     mode: int = option(
-        0,
-        "run",
-        "0 graph mode, 1 PyNative (for debugging)",
-        aliases=("--ms_mode",),
-        choices=(0, 1),
+        0, "run", "0 graph mode, 1 PyNative (for debugging)", aliases=("--ms_mode",), choices=(0, 1),
         changes_result=False,
-    )
+    )  # fmt: skip
     compile_cache: bool = option(True, "run", "keep compiled graphs for the next start", changes_result=False)
     use_parallel: bool = option(
         False, "run", "data parallel over the processes that mpirun or msrun started", changes_result=False
     )
-    use_lora: bool = option(False, "run", "")
-    lora_rank: int = option(4, "run", "", least=1)
-    lora_fp16: bool = option(True, "run", "")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "version", self.version or version_from_environment())
@@ -242,25 +248,41 @@ class TrainOptions:
 
     def check(self) -> None:
         """Raise ConfigError for combinations that cannot work and for files that are not there."""
-        refuse_lora(self)
-        if not self.lora_fp16:
-            raise ConfigError("lora_fp16=False: this version has no LoRA yet; leave the option out")
+        self._check_lora()
         required = ["instance_data_dir", "instance_prompt"]
         required += ["class_data_dir", "class_prompt"] if self.with_prior_preservation else []
         for name in required:
             if not getattr(self, name):
-                is_of_class = name.startswith("class")
-                why = (
-                    " with prior preservation (or give --with_prior_preservation=False)"
-                    if is_of_class
-                    else ""
-                )
+                more = " with prior preservation (or give --with_prior_preservation=False)"
+                why = more if name.startswith("class") else ""
                 raise ConfigError(f"--{name} is missing: it is required{why}")
         self._check_folders()
         if self.end_learning_rate is not None and not self.decay_steps:
             raise ConfigError("end_learning_rate is set but decay_steps is 0: give --decay_steps too")
         check_version(self.version)
         require_weights(self.checkpoint, "see models/README.md for where to get it")
+
+    def _check_lora(self) -> None:
+        lora = [spec for spec in dataclasses.fields(self) if spec.name.startswith("lora_")]
+        given = [spec.name for spec in lora if getattr(self, spec.name) != spec.default]
+        if given and not self.use_lora and (given, self.lora_rank) != (["lora_rank"], 4):  # as files of 2023
+            raise ConfigError(f"{given[0]} acts with LoRA only: give --use_lora=True, or leave it out")
+        if not self.lora_ft_unet:
+            raise ConfigError("lora_ft_unet must be True: the UNet is always trained")
+        if unknown := set(self.lora_target_names) - set(LORA_TARGETS):
+            raise ConfigError(
+                f"lora_targets must be some of {', '.join(LORA_TARGETS)} with + between them, got "
+                f"{min(unknown)!r}{nearest(min(unknown), list(LORA_TARGETS))}"
+            )
+        if self.use_lora and (self.save_format != "mindspore" or self.save_dtype != "float32"):
+            raise ConfigError(
+                "save_format and save_dtype are of whole models: with LoRA give --lora_format and --lora_fp16"
+            )
+
+    @property
+    def lora_target_names(self) -> tuple[str, ...]:
+        """Before a leading + stands the default."""
+        return tuple(name.strip() or "attention" for name in self.lora_targets.split("+"))
 
     def _check_folders(self) -> None:
         if not Path(self.instance_data_dir).is_dir():
@@ -285,7 +307,8 @@ class TrainOptions:
 
         How the samples of an update are cut into batches is left out: it changes roundings only.
         """
-        return self._where("changes_result") | {"betas": list(self.betas)}
+        facts = self._where("changes_result") | {"betas": list(self.betas)}
+        return {key: value for key, value in facts.items() if self.use_lora or not key.startswith("lora_")}
 
     def _where(self, what: str) -> dict:
         return {

@@ -5,7 +5,7 @@ resumed.
 import numpy as np
 
 # The purposes: the part of a stream's key between the seed and the number.
-INSTANCE_CROP, CLASS_CROP, INSTANCE_NOISE, CLASS_NOISE, INSTANCE_ORDER, CLASS_ORDER, IMAGE = range(7)
+INSTANCE_CROP, CLASS_CROP, INSTANCE_NOISE, CLASS_NOISE, INSTANCE_ORDER, CLASS_ORDER, IMAGE, LORA = range(8)
 
 
 def stream(seed: int, purpose: int, number: int) -> np.random.Generator:

@@ -17,7 +17,6 @@ from ldm.fields import (
     VERSION_HELP,
     check_version,
     option,
-    refuse_lora,
     require_weights,
 )
 from ldm.versions import VERSIONS, official_file, version_from_environment
@@ -63,6 +62,15 @@ class SampleOptions:
         False, "model", "the averaged weights that lie in the checkpoint beside the others"
     )
 
+    lora_ckpt_path: tuple[str, ...] | None = option(
+        None,
+        "model",
+        "LoRA files, of this or another program, each with a weight: FILE or FILE:0.7 [none]",
+        metavar="FILE[:WEIGHT]",
+    )
+    use_lora: bool | None = option(None, "model", "False: leave them out [if there are any]")
+    lora_rank: int | None = option(None, "model", "the rank that they must have [any]", least=1)
+
     sampler: str = option("plms", "sampling", "how to sample", choices=SAMPLER_NAMES)
     plms: bool = option(False, "sampling", "the same as --sampler plms")
     ddim: bool = option(False, "sampling", "the same as --sampler ddim")
@@ -100,9 +108,6 @@ class SampleOptions:
         0, "run", "0 graph mode, 1 PyNative (for debugging)", aliases=("--ms_mode",), choices=(0, 1)
     )
     compile_cache: bool = option(True, "run", "keep compiled graphs for the next start")
-    use_lora: bool = option(False, "run", "")
-    lora_rank: int = option(4, "run", "", least=1)
-    lora_ckpt_path: str | None = option(None, "run", "")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "version", self.version or version_from_environment())
@@ -113,12 +118,23 @@ class SampleOptions:
         return replace(self, output_path=str(output / "dry_run" / output.name)) if is_dry_run() else self
 
     @property
+    def loras(self) -> tuple[str, ...]:
+        """The LoRA files to add, each perhaps with a weight."""
+        return () if self.use_lora is False else self.lora_ckpt_path or ()
+
+    @property
     def model_config(self) -> str:
         return self.config
 
     @property
     def checkpoint(self) -> Path:
         return Path(self.ckpt_path or f"models/{official_file(self.version)}")
+
+    def _check_lora(self) -> None:
+        if self.lora_ckpt_path is None:
+            given = [name for name in ("use_lora", "lora_rank") if getattr(self, name)]
+            if given:
+                raise ConfigError(f"{given[0]}: give the LoRA with --lora_ckpt_path=FILE")
 
     @property
     def caches_graphs(self) -> bool:
@@ -134,7 +150,7 @@ class SampleOptions:
 
     def check(self) -> None:
         """Raise ConfigError for combinations that cannot work and for files that are not there."""
-        refuse_lora(self)
+        self._check_lora()
         named = set(self._flagged_samplers())
         if len(named) > 1 or (named and self.sampler not in ("plms", *named)):
             several = ", ".join(sorted(named | {self.sampler} - {"plms"}))

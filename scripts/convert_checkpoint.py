@@ -36,7 +36,7 @@ class Checked(Arrays):
         return self._dtype
 
     def __getitem__(self, name: str):
-        from ldm.weights.checkpoint import is_finite
+        from ldm.weights.arrays import is_finite
 
         values = self._arrays[name]
         result = cast(values, self._dtype)

@@ -27,7 +27,7 @@ class Convolution(nn.Cell):
 
     def construct(self, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):  # noqa: PLR0913
         y = ops.conv2d(x, weight, None, stride, "pad", padding, dilation, groups)
-        return y + bias.reshape(1, -1, 1, 1)
+        return y if bias is None else y + bias.reshape(1, -1, 1, 1)
 
 
 class ConstantPadND(nn.Cell):

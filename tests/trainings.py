@@ -6,6 +6,7 @@ from conftest import write_pictures
 from ldm.options import TrainOptions
 from ldm.training.inputs import Inputs, encode_prompts
 from ldm.training.latent_cache import Encoding
+from ldm.training.lora import plan_lora
 from ldm.training.progress import Progress
 from ldm.training.samples import DreamBoothSamples
 from ldm.training.trainer import Trainer, build_trainer
@@ -30,7 +31,8 @@ def make_inputs(model, config, options, samples, moments=None) -> Inputs:
 
 
 def make_trainer(model, config, options, samples) -> Trainer:
-    return build_trainer(model, make_inputs(model, config, options, samples), options, config)
+    options, lora = plan_lora(options, config, model)
+    return build_trainer(model, make_inputs(model, config, options, samples), options, config, lora=lora)
 
 
 def progress_of(options, samples, processes=1) -> Progress:

@@ -49,9 +49,8 @@ class FeedForward(nn.Cell):
         return self.net(x)
 
     def weights(self):
-        """Weight and bias of the projection, then of the output."""
-        proj, out = self.net[0].proj, self.net[2]
-        return proj.weight, proj.bias, out.weight, out.bias
+        """Those of the projection, then of the output."""
+        return self.net[0].proj.weights(), self.net[2].weights()
 
 
 class RecomputedFeedForward(nn.Cell):
@@ -69,17 +68,19 @@ class RecomputedFeedForward(nn.Cell):
         self.function = NormAndFeedForward(norm, feed_forward)
         self.gradient = ops.GradOperation(get_all=True, sens_param=True)
 
-    def construct(self, x, gamma, beta, proj_weight, proj_bias, weight, bias):
-        return self.function(x, gamma, beta, proj_weight, proj_bias, weight, bias)
+    def construct(self, x, weights):
+        return self.function(x, weights)
 
-    def bprop(self, x, gamma, beta, proj_weight, proj_bias, weight, bias, out, dout):  # noqa: PLR0913
+    def bprop(self, x, weights, out, dout):
         # else MindSpore finds it all computed already in the forward pass, and keeps that
         x = ops.depend(x, dout)
-        return self.gradient(self.function)(x, gamma, beta, proj_weight, proj_bias, weight, bias, dout)
+        return self.gradient(self.function)(x, weights, dout)
 
 
 class NormAndFeedForward(nn.Cell):
-    """A LayerNorm and a FeedForward with parameters that are given."""
+    """A LayerNorm and a FeedForward with parameters that are given: those of the norm, of the projection, of
+    the output.
+    """
 
     def __init__(self, norm: nn.Cell, feed_forward: FeedForward) -> None:
         super().__init__(auto_prefix=False)
@@ -87,9 +88,10 @@ class NormAndFeedForward(nn.Cell):
         self.gated_gelu, self.dropout = feed_forward.net[0].gated_gelu, feed_forward.net[1]
         self.out = feed_forward.net[2].apply
 
-    def construct(self, x, gamma, beta, proj_weight, proj_bias, weight, bias):
-        h = self.gated_gelu(self.proj(self.norm(x, gamma, beta), proj_weight, proj_bias))
-        return self.out(self.dropout(h), weight, bias)
+    def construct(self, x, weights):
+        of_norm, of_proj, of_out = weights
+        h = self.gated_gelu(self.proj(self.norm(x, *of_norm), *of_proj))
+        return self.out(self.dropout(h), *of_out)
 
 
 class BasicTransformerBlock(nn.Cell):
@@ -118,7 +120,7 @@ class BasicTransformerBlock(nn.Cell):
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), context)
         if self.recomputes:
-            return x + self.recomputed(x, self.norm3.gamma, self.norm3.beta, *self.ff.weights())
+            return x + self.recomputed(x, (self.norm3.weights(), *self.ff.weights()))
         return x + self.ff(self.norm3(x))
 
 
@@ -130,9 +132,9 @@ class SpatialTransformer(nn.Cell):
     def __init__(self, channels: int, config: UNetConfig, layers: LayerSet) -> None:
         super().__init__()
         self.norm = layers.GroupNorm(config.norm_groups, channels, epsilon=1e-6)
-        self.proj_in = layers.PlacesToTokens(channels, config.use_linear_projection)
+        self.proj_in = layers.PlacesToTokens(channels, channels, config.use_linear_projection)
         self.transformer_blocks = nn.CellList([BasicTransformerBlock(channels, config, layers)])
-        self.proj_out = layers.TokensToPlaces(channels, config.use_linear_projection)
+        self.proj_out = layers.TokensToPlaces(channels, channels, config.use_linear_projection)
 
     def construct(self, x, emb, context, size):
         h = self.proj_in(self.norm(x))  # (B, H*W, C)

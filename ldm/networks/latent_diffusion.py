@@ -31,7 +31,7 @@ class LatentDiffusion(nn.Cell):
 
     def __init__(self, config: ModelConfig, layers: LayerSet) -> None:
         super().__init__(auto_prefix=True)
-        self.config = config
+        self.config, self.layers = config, layers
         self.model = DiffusionWrapper(config, layers)
         self.first_stage_model = AutoencoderKL(config.autoencoder, layers)
         self.cond_stage_model = TextEncoder(config.text_encoder, layers)

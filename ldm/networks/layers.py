@@ -41,12 +41,17 @@ class Dense(nn.Cell):
     def construct(self, x):
         return self.apply(x, self.weight, self.bias if self.has_bias else None)
 
-    def apply(self, x, weight, bias):
+    def apply(self, x, weight, bias=None):
         """The layer with a weight and a bias that are given."""
         y = self.matmul(x.astype(self.dtype).reshape(-1, self.in_channels), weight.astype(self.dtype))
-        if self.has_bias:
-            y = self.bias_add(y, bias.astype(self.dtype))
-        return y.reshape(x.shape[:-1] + (self.out_channels,))
+        return self.biased(y, bias).reshape(x.shape[:-1] + (self.out_channels,))
+
+    def biased(self, y, bias):
+        return self.bias_add(y, bias.astype(self.dtype)) if self.has_bias else y
+
+    def weights(self):
+        """What `apply` takes behind x."""
+        return (self.weight, self.bias) if self.has_bias else (self.weight,)
 
 
 class PlacesToTokens(Dense):
@@ -55,15 +60,18 @@ class PlacesToTokens(Dense):
     Its weight has the shape of a 1x1 convolution's, (out, in, 1, 1), where the checkpoint has it so.
     """
 
-    def __init__(self, channels: int, is_linear: bool = True, dtype=ms.float32) -> None:
-        super().__init__(channels, channels, dtype=dtype)
+    def __init__(
+        self, in_channels: int, out_channels: int, is_linear: bool = True, has_bias: bool = True,
+        dtype=ms.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, has_bias, dtype)
         if not is_linear:
-            self.weight = weight(channels, channels, 1, 1)
+            self.weight = weight(out_channels, in_channels, 1, 1)
 
     def construct(self, x):
         batch, channels, height, width = x.shape
         x = x.reshape(batch, channels, height * width).transpose(0, 2, 1)
-        return self.apply(x, self.matrix(), self.bias)
+        return self.apply(x, self.matrix(), self.bias if self.has_bias else None)
 
     def matrix(self):
         return self.weight.reshape(self.out_channels, self.in_channels)
@@ -73,26 +81,32 @@ class TokensToPlaces(PlacesToTokens):
     """A Dense layer on tokens (B, H*W, in), with the answer as places (B, out, H, W)."""
 
     def construct(self, x, height, width):
-        y = self.apply(x, self.matrix(), self.bias)
+        y = self.apply(x, self.matrix(), self.bias if self.has_bias else None)
         return y.transpose(0, 2, 1).reshape(x.shape[0], self.out_channels, height, width)
 
 
 class Conv2d(nn.Cell):
-    """Convolution with bias on (B, C, H, W). `padding` is one number, or (top, bottom, left, right)."""
+    """Convolution on (B, C, H, W). `padding` is one number, or (top, bottom, left, right)."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding=0, dtype=ms.float32
-    ) -> None:
+    def __init__(  # noqa: PLR0913
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding=0,
+        has_bias: bool = True, dtype=ms.float32,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.dtype = dtype
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.dtype, self.has_bias = dtype, has_bias
         self.weight = weight(out_channels, in_channels, kernel, kernel)
-        self.bias = bias(out_channels)
+        if has_bias:
+            self.bias = bias(out_channels)
         self.conv2d = ops.Conv2D(out_channels, kernel, pad_mode="pad", pad=padding, stride=stride)
         self.bias_add = ops.BiasAdd()
 
     def construct(self, x):
-        y = self.conv2d(x.astype(self.dtype), self.weight.astype(self.dtype))
-        return self.bias_add(y, self.bias.astype(self.dtype))
+        return self.biased(self.conv2d(x.astype(self.dtype), self.weight.astype(self.dtype)))
+
+    def biased(self, y):
+        return self.bias_add(y, self.bias.astype(self.dtype)) if self.has_bias else y
 
 
 class UpsampledConv2d(Conv2d):
@@ -146,6 +160,9 @@ class LayerNorm(nn.Cell):
     def apply(self, x, gamma, beta):
         """The layer with a scale and a shift that are given."""
         return self.norm(x.astype(ms.float32), gamma, beta)[0].astype(x.dtype)
+
+    def weights(self):
+        return self.gamma, self.beta
 
 
 class GELU(nn.Cell):

@@ -31,7 +31,7 @@ class Dense(layers.Dense):
         super().__init__(in_channels, out_channels, has_bias, dtype)
         self.linear = Linear()
 
-    def apply(self, x, weight, bias):
+    def apply(self, x, weight, bias=None):
         if not self.has_bias:  # Linear's gradient would transpose
             return layers.Dense.apply(self, x, weight, bias)
         return self.linear(x.astype(self.dtype), weight.astype(self.dtype), bias.astype(self.dtype))
@@ -48,14 +48,15 @@ class TokensToPlaces(layers.TokensToPlaces, Dense):
 class Conv2d(layers.Conv2d):
     """With its bias in one kernel, and one for all its gradients."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding=0, dtype=ms.float32
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel, stride, padding, dtype)
+    def __init__(  # noqa: PLR0913
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding=0,
+        has_bias: bool = True, dtype=ms.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel, stride, padding, has_bias, dtype)
         self.convolution, self.pad = Convolution(), ConstantPadND()
-        self.stride = (stride, stride)
+        self.strides = (stride, stride)
         self.pads_first = isinstance(padding, tuple)
-        self.padding = (0, 0) if self.pads_first else (padding, padding)
+        self.pads = (0, 0) if self.pads_first else (padding, padding)
         if self.pads_first:
             top, bottom, left, right = padding
             self.sides = (left, right, top, bottom)  # the last axis first
@@ -64,8 +65,9 @@ class Conv2d(layers.Conv2d):
         x = x.astype(self.dtype)
         if self.pads_first:
             x = self.pad(x, self.sides, 0.0)
-        weight, bias = self.weight.astype(self.dtype), self.bias.astype(self.dtype)
-        return self.convolution(x, weight, bias, self.stride, self.padding, (1, 1), False, (0, 0), 1)
+        weight = self.weight.astype(self.dtype)
+        bias = self.bias.astype(self.dtype) if self.has_bias else None
+        return self.convolution(x, weight, bias, self.strides, self.pads, (1, 1), False, (0, 0), 1)
 
 
 class UpsampledConv2d(Conv2d):

@@ -28,8 +28,11 @@ class PlacesToTokens(layers.PlacesToTokens):
 
     # A batched product needs a copy of the weight for each sample, so a large weight is multiplied sample by
     # sample.
-    def __init__(self, channels: int, is_linear: bool = True, dtype=ms.float32) -> None:
-        super().__init__(channels, is_linear, dtype)
+    def __init__(
+        self, in_channels: int, out_channels: int, is_linear: bool = True, has_bias: bool = True,
+        dtype=ms.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, is_linear, has_bias, dtype)
         self.bias_add = kernels.AddBias()
         self.product = ops.MatMul(transpose_a=True, transpose_b=True)
         self.batched = ops.BatchMatMul(transpose_a=True, transpose_b=True)
@@ -47,15 +50,18 @@ class PlacesToTokens(layers.PlacesToTokens):
             for sample in ops.Split(0, batch)(x):
                 tokens = tokens + (self.product(sample.reshape(channels, height * width), weight),)
             y = ops.cat(tokens, 0)
-        y = self.bias_add(y, self.bias.astype(self.dtype))
+        y = self.biased(y, self.bias if self.has_bias else None)
         return y.reshape(batch, height * width, self.out_channels)
 
 
 class TokensToPlaces(layers.TokensToPlaces):
     """The product writes its answer transposed."""
 
-    def __init__(self, channels: int, is_linear: bool = True, dtype=ms.float32) -> None:
-        super().__init__(channels, is_linear, dtype)
+    def __init__(
+        self, in_channels: int, out_channels: int, is_linear: bool = True, has_bias: bool = True,
+        dtype=ms.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, is_linear, has_bias, dtype)
         self.batched = ops.BatchMatMul(transpose_b=True)
 
     def construct(self, x, height, width):
@@ -68,16 +74,18 @@ class TokensToPlaces(layers.TokensToPlaces):
             for sample in ops.Split(0, batch)(x):
                 places = places + (self.matmul(weight, sample.reshape(length, channels)),)
             y = ops.cat(places, 0)
-        return self.bias_add(y.reshape(batch, self.out_channels, height, width), self.bias.astype(self.dtype))
+        y = y.reshape(batch, self.out_channels, height, width)
+        return self.biased(y, self.bias if self.has_bias else None)
 
 
 class Conv2d(layers.Conv2d):
     """3x3 by matrix products, with float16 values and float32 sums, as an accelerator has them."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding=0, dtype=ms.float32
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel, stride, padding, dtype)
+    def __init__(  # noqa: PLR0913
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding=0,
+        has_bias: bool = True, dtype=ms.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel, stride, padding, has_bias, dtype)
         self.by_matmul = kernel == 3
         self.pads_first = self.by_matmul and isinstance(padding, tuple)
         if self.pads_first:
@@ -93,7 +101,7 @@ class Conv2d(layers.Conv2d):
             y = self.conv2d(x.astype(ms.float32), weight.astype(ms.float32)).astype(self.dtype)
         else:
             y = self.conv2d(x, weight)
-        return self.bias_add(y, self.bias.astype(self.dtype))
+        return self.biased(y)
 
 
 class UpsampledConv2d(Conv2d):

@@ -13,12 +13,13 @@ from mindspore import nn
 from ldm.config import ModelConfig
 from ldm.memory import release_memory
 from ldm.options import TrainOptions
-from ldm.weights.checkpoint import move_to_disk, weights_of
+from ldm.weights.checkpoint import drop_values, move_to_disk, weights_of
 from ldm.weights.digests import recorded_digests, write_digests
+from ldm.weights.lora_writing import LoraWriter
 from ldm.weights.source import read_file
 from ldm.weights.writing import DTYPES, SUFFIXES, save_weights
 
-NAME = re.compile(r"(dreambooth_(epoch|step)_(\d+)(?:_ema)?(?:\.ckpt|\.safetensors)?)(?:/.+)?")
+NAME = re.compile(r"(dreambooth_(?:lora_)?(epoch|step)_(\d+)(?:_ema)?(?:\.ckpt|\.safetensors)?)(?:/.+)?")
 logger = logging.getLogger(__name__)
 
 
@@ -35,6 +36,8 @@ class Checkpoints:
     """The checkpoints in a run's folder: `dreambooth_epoch_8.ckpt`, `dreambooth_step_400.ckpt`, which below
     have the names `epoch_8` and `step_400`.
 
+    Of a LoRA training they hold the additions alone and are called `dreambooth_lora_epoch_8.safetensors`.
+
     Args:
         keep: of how many epochs, the newest ones; and of as many steps.
         to: their format, a key of ldm.weights.writing.SUFFIXES.
@@ -46,37 +49,41 @@ class Checkpoints:
         self.config: ModelConfig | None = None
         self.names: list[str] = []  # of all parameters of a model, in the order of a file
         self.frozen = {}  # parameters that are not trained
+        self.lora: LoraWriter | None = None
         self._are_on_disk = False
 
-    def take_frozen_from(self, model: Model, options: TrainOptions) -> None:
+    def take_frozen_from(self, model: Model, options: TrainOptions, lora: LoraWriter | None = None) -> None:
         """Take the networks that are not trained out of a model, for the checkpoints to come.
 
         With cached latents nothing else needs them any more: they move out of memory, into a nameless file in
-        the folder.
+        the folder, unless the checkpoints are those of `lora`, which have nothing of them.
         """
-        self.names, self._are_on_disk = model.parameter_names(), options.cache_latents
-        self.config = model.config
+        self.lora, self.config, self.names = lora, model.config, model.parameter_names()
+        self._are_on_disk = options.cache_latents and not lora
         for network in model.take_out_frozen(options.train_text_encoder):
-            self.frozen |= move_to_disk(network, self.folder) if self._are_on_disk else weights_of(network)
+            if not lora:
+                self.frozen |= (
+                    move_to_disk(network, self.folder) if self._are_on_disk else weights_of(network)
+                )
+            elif options.cache_latents:
+                drop_values(network)
         release_memory()
 
     def paths(self, name: str, has_averages: bool) -> list[Path]:
         """The weights, and with EMA the averaged ones."""
         endings = ("", "_ema") if has_averages else ("",)
-        suffix = SUFFIXES[self.format]
-        return [self.folder / f"dreambooth_{name}{ending}{suffix}" for ending in endings]
+        if self.lora:
+            return [self.folder / f"dreambooth_lora_{name}{ending}.safetensors" for ending in endings]
+        return [self.folder / f"dreambooth_{name}{ending}{SUFFIXES[self.format]}" for ending in endings]
 
     def save(self, name: str, weights: Mapping, averages: Mapping | None) -> list[Path]:
-        """Write the whole model's weights, and with EMA the averaged ones beside them; then remove what is
-        not kept.
-        """
+        """Write the weights, and with EMA the averaged ones beside them; then remove what is not kept."""
         paths = self.paths(name, averages is not None)
-        for path, changed in zip(paths, ({}, averages)):
-            # one array of the frozen networks at a time; the last map gives the order
-            whole = ChainMap(changed, weights, self.frozen, dict.fromkeys(self.names))
-            if path.is_dir() and self._is_own(path):  # of a course that was abandoned
-                shutil.rmtree(path)
-            save_weights(whole, path, True, to=self.format, dtype=DTYPES[self.dtype], config=self.config)
+        for path, changed in zip(paths, (weights, averages)):
+            if self.lora:
+                self.lora.save(changed, path, record=True)
+            else:
+                self._save_whole(changed, weights, path)
             logger.info("saved %s", path)
         if self._are_on_disk and self.format == "mindspore" and self.dtype == "float32":
             # which has them now: the nameless file goes, and this one stays open
@@ -84,6 +91,13 @@ class Checkpoints:
         for path in remove_old_checkpoints(self.folder, name, self.keep):
             logger.info("removed %s (--keep_weights)", path)
         return paths
+
+    def _save_whole(self, changed: Mapping, weights: Mapping, path: Path) -> None:
+        # one array of the frozen networks at a time; the last map gives the order
+        whole = ChainMap(changed, weights, self.frozen, dict.fromkeys(self.names))
+        if path.is_dir() and self._is_own(path):  # of a course that was abandoned
+            shutil.rmtree(path)
+        save_weights(whole, path, True, to=self.format, dtype=DTYPES[self.dtype], config=self.config)
 
     def _is_own(self, path: Path) -> bool:
         return any(name.split("/")[0] == path.name for name in recorded_digests(self.folder))

@@ -74,14 +74,13 @@ class CompileCache:
             with contextlib.suppress(OSError):
                 (self.folder / COMPLETE).touch()
 
-    def restart_if_memory_is_low(self, compile_all: Callable[[], None], trained_bytes: int) -> None:
-        """Compile, then start the command once more, where training weights of this size would hardly fit
-        beside it.
+    def restart_if_memory_is_low(self, compile_all: Callable[[], None], needed: int) -> None:
+        """Compile, then start the command once more, where so many bytes would hardly fit beside it.
 
         MindSpore never gives back what compiling took, 3-5 GB at full size. Does nothing in the second start,
         nor without a folder, in which the graphs would be found there.
         """
-        if not self.folder or os.environ.get(RESTARTED) or not memory_is_low(trained_bytes):
+        if not self.folder or os.environ.get(RESTARTED) or not memory_is_low(needed):
             return
         logger.info(
             "low memory: compiling first, then restarting once to free the memory that compiling used"

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -100,17 +101,17 @@ class RunFolder:
         if self.ranks.is_first:
             write_record(self.path, origin, ended)
 
-    def warn_if_disk_is_too_small(self, values: tuple[int, int], to_come: int, start: Start) -> None:
+    def warn_if_disk_is_too_small(self, values: Sequence[int], to_come: int, start: Start) -> None:
         """Say before hours are spent where the checkpoints and states to come will not fit.
 
         Args:
-            values: how many the whole model has, and the networks that are trained.
+            values: how many the whole model has, and how many are trained.
             to_come: epochs that still leave checkpoints.
         """
         if not self.ranks.is_first:
             return
         there = (len(own_checkpoints(self.path)), len(self.states.paths())) if start.state else (0, 0)
-        needed = space_needed(self.options, sizes_of(self.options, *values), to_come, *there)
+        needed = space_needed(self.options, sizes_of(self.options, *values[:2]), to_come, *there)
         free = shutil.disk_usage(self.path).free
         if needed > free:
             logger.warning(
@@ -127,10 +128,14 @@ def sizes_of(options: TrainOptions, values: int, trained_values: int) -> tuple[i
     """Bytes of the checkpoints of an epoch, of a saved state, and of the frozen networks that are set aside.
 
     The weights, with EMA twice, in --save_dtype; the trained ones, their moments and averages in float32.
+    With LoRA there is nothing but the trained ones.
     """
+    state = 4 * trained_values * (3 + options.use_ema)
+    if options.use_lora:
+        return (2 if options.lora_fp16 else 4) * trained_values * (1 + options.use_ema), state, 0
     frozen = (values - trained_values) * options.cache_latents
     size = 4 if options.save_dtype == "float32" else 2
-    return size * values * (1 + options.use_ema), 4 * trained_values * (3 + options.use_ema), 4 * frozen
+    return size * values * (1 + options.use_ema), state, 4 * frozen
 
 
 def space_needed(

@@ -96,7 +96,7 @@ def results(output: Path) -> list[Path]:
     """What a run has left in its output folder and another must not overwrite."""
     return sorted(
         path.relative_to(output)
-        for kind in ("dreambooth_epoch_*", "dreambooth_step_*", "states/step_*")
+        for kind in ("dreambooth_epoch_*", "dreambooth_step_*", "dreambooth_lora_*", "states/step_*")
         for path in output.glob(kind)
     )
 
@@ -171,12 +171,14 @@ def origin_of(
     The names are those in the files of saved states.
     """
     averaged = " averaged" if options.use_ema_weights else ""
+    lora = options.use_lora and options.lora_ckpt_path
     return {
         **options.training_facts(),
         "instance pictures an update": samples_per_update,
         "instance pictures": fingerprint(instance_paths),
         "base model": fingerprint(base) + averaged,
         "model configuration": json.loads(json.dumps(config.facts())),
+        **({"LoRA at the start": fingerprint([Path(lora)])} if lora else {}),
     }
 
 

@@ -121,6 +121,8 @@ class Recorder:
         path = self.checkpoints.paths(f"epoch_{self.options.epochs}", self.trainer.averages() is not None)[-1]
         given = self.options.model_config
         config = "" if given == "auto" else f"--config {given} "
+        lora = f"--ckpt_path {self.options.checkpoint} --lora_ckpt_path" if self.checkpoints.lora else ""
         logger.info(
-            "done; generate images with: python text_to_image.py %s--ckpt_path %s --prompt ...", config, path
-        )
+            "done; generate images with: python text_to_image.py %s%s %s --prompt ...",
+            config, lora or "--ckpt_path", path,
+        )  # fmt: skip

@@ -14,7 +14,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import NoReturn
 
 from ldm.command_line import Interrupted
 
@@ -62,7 +61,9 @@ class StopSignals:
         """Whether any of the processes (ldm.ranks.Ranks) was asked to stop: all get the same answer."""
         return ranks.any(self.received is not None)
 
-    def exit(self, ranks) -> NoReturn:
+    def exit_if(self, stops: bool, ranks) -> None:
         """End the command once all processes have come here: the first one has saved its state by then."""
+        if not stops:
+            return
         ranks.wait()
         raise Interrupted(128 + (self.received or signal.SIGTERM))

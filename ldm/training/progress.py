@@ -1,8 +1,11 @@
 """Updates, epochs and checkpoints of a run: counting, and nothing else."""
 
+import logging
 from dataclasses import dataclass
 
 from ldm.options import TrainOptions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,9 @@ class Progress:
             options.ckpt_save_interval,
         )
 
-    def nothing_to_do(self) -> str:
-        return (
-            f"nothing to do: all {self.total_updates} updates are done. To train longer, give a larger "
-            f"--epochs."
-        )
+    def say_that_all_is_done(self) -> None:
+        text = "nothing to do: all %d updates are done. To train longer, give a larger --epochs."
+        logger.info(text, self.total_updates)
 
     @property
     def total_updates(self) -> int:

@@ -6,9 +6,12 @@ from typing import NamedTuple
 from mindspore import Parameter, nn
 
 from ldm.device import is_on_cpu
-from ldm.memory import memory_is_low
+from ldm.memory import memory_is_low, training_bytes
 from ldm.networks.attention import BasicTransformerBlock
 from ldm.networks.latent_diffusion import LatentDiffusion
+from ldm.networks.layers import set_dtype, weights_of_products
+from ldm.options import TrainOptions
+from ldm.training.lora import LoraPlan
 
 logger = logging.getLogger(__name__)
 
@@ -18,19 +21,22 @@ def trained_networks(model: LatentDiffusion, train_text_encoder: bool) -> list[n
 
 
 class Values(NamedTuple):
-    """How many the whole model has, and the networks that are trained."""
+    """How many the whole model has; how many are trained; and the memory that the training may need."""
 
     whole: int
     trained: int
+    bytes_needed: int
 
 
-def count_values(model: LatentDiffusion, train_text_encoder: bool) -> Values:
+def count_values(model: LatentDiffusion, train_text_encoder: bool, lora: LoraPlan | None = None) -> Values:
     networks = trained_networks(model, train_text_encoder)
-    trained = sum(parameter.size for network in networks for parameter in network.get_parameters())
-    return Values(sum(parameter.size for parameter in model.get_parameters()), trained)
+    own = sum(parameter.size for network in networks for parameter in network.get_parameters())
+    whole = sum(parameter.size for parameter in model.get_parameters())
+    trained = lora.values if lora else own
+    return Values(whole, trained, training_bytes(own, trained))
 
 
-def settle_recompute(recompute: bool | None, trained_values: int, dropout: float) -> bool:
+def settle_recompute(recompute: bool | None, bytes_needed: int, dropout: float) -> bool:
     """Whether feed-forward layers are computed twice; left open (None), on a CPU where memory is low.
 
     Raises:
@@ -42,7 +48,7 @@ def settle_recompute(recompute: bool | None, trained_values: int, dropout: float
         )
     if recompute is not None:
         return recompute
-    is_on = is_on_cpu() and not dropout and memory_is_low(4 * trained_values)
+    is_on = is_on_cpu() and not dropout and memory_is_low(bytes_needed)
     if is_on:
         logger.info(
             "low memory: feed-forward layers are computed twice (--recompute), for about 5% of a step's time"
@@ -50,26 +56,38 @@ def settle_recompute(recompute: bool | None, trained_values: int, dropout: float
     return is_on
 
 
-def make_trainable(model: LatentDiffusion, train_text_encoder: bool, recompute: bool) -> list[Parameter]:
-    """Put the networks that are trained into training mode, freeze the others.
+def make_trainable(
+    model: LatentDiffusion, options: TrainOptions, lora: LoraPlan | None = None
+) -> list[Parameter]:
+    """Put the networks that are trained into training mode, freeze all else; with LoRA their weights, too,
+    to which additions are put that are trained.
 
     Returns the trained parameters.
 
     They come reversed, so that MindSpore computes each weight's gradient as soon as the backward pass reaches
     its layer and can free that layer's activations: it orders kernels from a graph's outputs.
-
-    Args:
-        recompute: see settle_recompute.
     """
+    networks = trained_networks(model, options.train_text_encoder)
     for parameter in model.get_parameters():
         parameter.requires_grad = False
-    networks = trained_networks(model, train_text_encoder)
+    if lora:
+        for network in networks:
+            cast_frozen(network, model.unet.dtype)
+        trained = lora.add_to(model, options.lora_dropout, options.seed)
+    else:
+        trained = [parameter for network in networks for parameter in network.get_parameters()]
+    for parameter in trained:
+        parameter.requires_grad = True
     for network in networks:
         network.set_train(True)
-        for parameter in network.get_parameters():
-            parameter.requires_grad = True
-    if recompute:
+    if options.recompute:
         for _, cell in model.unet.cells_and_names():
             if isinstance(cell, BasicTransformerBlock):
                 cell.recompute_feed_forward()
     return [parameter for network in networks for parameter in reversed(network.trainable_params())]
+
+
+def cast_frozen(network: nn.Cell, dtype) -> None:
+    """Weights that stay as they are: cast once, not in every pass."""
+    for parameter in weights_of_products(network):
+        set_dtype(parameter, dtype)

@@ -15,19 +15,22 @@ from mindspore import Parameter, ParameterTuple, Tensor
 
 from ldm.config import ModelConfig
 from ldm.device import has_newer_kernels, is_dry_run, is_on_cpu
+from ldm.memory import training_bytes
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.networks.layers import weights_of_products
 from ldm.options import TrainOptions
 from ldm.ranks import ALONE, Ranks
 from ldm.schedule import NoiseSchedule
 from ldm.training.inputs import Inputs
+from ldm.training.lora import LoraPlan
 from ldm.training.loss import DreamBoothLoss
 from ldm.training.masters import Masters
 from ldm.training.optim import AdamW, FusedAdamW, LearningRate, LossScale, MovingAverage
 from ldm.training.progress import Progress
 from ldm.training.train_step import Apply, ApplyCollected, Check, Clear, GlobalNorm, TrainStep
 from ldm.training.trained import make_trainable, trained_networks
-from ldm.weights.checkpoint import as_numpy, is_finite, require_values
+from ldm.weights.arrays import is_finite
+from ldm.weights.checkpoint import as_numpy, require_values
 
 COUNTERS = ("global_step", "updates_applied")  # of the trainer's state
 MOST_APART = 0.01  # of the largest value of an array: what roundings do to weights within an epoch
@@ -77,10 +80,11 @@ class TooManyOverflows(FloatingPointError):
 
 
 def build_trainer(
-    model: LatentDiffusion, inputs: Inputs, options: TrainOptions, config: ModelConfig, ranks: Ranks = ALONE
-) -> "Trainer":
+    model: LatentDiffusion, inputs: Inputs, options: TrainOptions, config: ModelConfig, ranks: Ranks = ALONE,
+    lora: LoraPlan | None = None,
+) -> "Trainer":  # fmt: skip
     """The trainer of a model as the options say. It holds the networks that are trained, and no other."""
-    parameters = make_trainable(model, options.train_text_encoder, bool(options.recompute))
+    parameters = make_trainable(model, options, lora)
     networks = trained_networks(model, options.train_text_encoder)
     halved = [own for network in networks for own in weights_of_products(network)]
     masters = Masters(parameters, joins=not is_on_cpu(), halved=halved, dtype=model.unet.dtype)
@@ -115,6 +119,8 @@ class Trainer:
         )
         self.skipped_in_a_row = 0
         self.trained_values = sum(parameter.size for parameter in masters.trained)
+        values = sum(parameter.size for parameter in loss.get_parameters())
+        self.bytes_needed = training_bytes(values, self.trained_values)
         accumulates = options.gradient_accumulation_steps > 1
         max_grad_norm = options.max_grad_norm if options.clip_grad else None
         scales = can_overflow or accumulates or options.clip_grad

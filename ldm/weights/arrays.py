@@ -31,6 +31,23 @@ def cast(values: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
         return values if dtype is None else values.astype(dtype, copy=False)
 
 
+def is_float(dtype: np.dtype) -> bool:
+    return dtype.kind == "f" or dtype == BFLOAT16
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Without an array of booleans: no sum in float64 of finite float32 values overflows, and NaN and Inf
+    stay.
+    """
+    with np.errstate(invalid="ignore"):  # Inf - Inf
+        return bool(np.isfinite(values.sum(dtype=np.float64)))
+
+
+def examples(names) -> str:
+    names = sorted(names)
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
 class ArraysInMemory(Arrays):
     """Arrays that are there already."""
 

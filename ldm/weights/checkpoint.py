@@ -5,15 +5,16 @@ Names are the official checkpoint's (sd_v2_base-57526ee4.ckpt).
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from ldm.weights.arrays import BFLOAT16, Arrays, ArraysInMemory, cast
+from ldm.weights.arrays import Arrays, ArraysInMemory, cast, examples, is_finite, is_float
 from ldm.weights.layouts import Fitted, fit
+from ldm.weights.lora_merge import Added, merged
 from ldm.weights.mindspore_ckpt import CKPT_DTYPES
 from ldm.weights.recognition import what_it_is
 from ldm.weights.source import Source, open_weights
@@ -21,13 +22,13 @@ from ldm.weights.source import Source, open_weights
 logger = logging.getLogger(__name__)
 
 
-def _examples(names) -> str:
-    names = sorted(names)
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-
-def load_checkpoint(net: nn.Cell, source: str | Path | Source, use_averages: bool = False) -> None:
+def load_checkpoint(
+    net: nn.Cell, source: str | Path | Source, use_averages: bool = False, added: Sequence[Added] = ()
+) -> None:
     """Fill every parameter of `net` from a file or folder, of whatever format.
+
+    Args:
+        added: LoRA files that are merged into the weights, see ldm.weights.lora_merge.read_loras.
 
     Raises as `open_weights` and `load_weights` do.
     """
@@ -35,18 +36,20 @@ def load_checkpoint(net: nn.Cell, source: str | Path | Source, use_averages: boo
         source = open_weights(Path(source))
     if source.known_by:
         logger.info("%s: %s", source.path, source.known_by)
-    load_weights(net, source.arrays, str(source.path), use_averages and source.configs is None)
+    load_weights(net, source.arrays, str(source.path), use_averages and source.configs is None, added)
 
 
 def load_weights(
-    net: nn.Cell, weights: Mapping[str, np.ndarray], source: str, use_averages: bool = False
-) -> None:
+    net: nn.Cell, weights: Mapping[str, np.ndarray], source: str, use_averages: bool = False,
+    added: Sequence[Added] = (),
+) -> None:  # fmt: skip
     """Fill every parameter of `net` from a file's `weights`, as `fill` does, whatever their layout, but for
     entries that are known to be of no use to it.
 
     Args:
         net: the whole model, which has its configuration with it.
         use_averages: take the moving averages that lie in the file beside the weights.
+        added: LoRA files that are merged into the weights.
 
     Raises:
         ValueError: as `fill`; where it is known what the file is instead, the message says that.
@@ -59,7 +62,7 @@ def load_weights(
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     try:
-        fill(parameters, fitted, source)
+        fill(parameters, merged(fitted, added, shapes, getattr(net, "config", None)), source)
     except ValueError:
         is_whole = _differences(shapes, fitted).keys() <= {"not of this model"}
         if not is_whole and (kind := what_it_is(arrays)):
@@ -110,7 +113,7 @@ def _differences(shapes: Mapping[str, tuple[int, ...]], arrays: Arrays) -> dict[
 
 
 def _does_not_match(wrong: Mapping[str, list[str]]) -> str:
-    found = "; ".join(f"{what}: {_examples(names)}" for what, names in wrong.items())
+    found = "; ".join(f"{what}: {examples(names)}" for what, names in wrong.items())
     return f"does not match the model configuration: parameters {found}. Check that they belong together."
 
 
@@ -148,18 +151,6 @@ def require_values(
         raise ValueError(f"{source}: {_does_not_match(wrong)}")
 
 
-def is_float(dtype: np.dtype) -> bool:
-    return dtype.kind == "f" or dtype == BFLOAT16
-
-
-def is_finite(values: np.ndarray) -> bool:
-    """Without an array of booleans: no sum in float64 of finite float32 values overflows, and NaN and Inf
-    stay.
-    """
-    with np.errstate(invalid="ignore"):  # Inf - Inf
-        return bool(np.isfinite(values.sum(dtype=np.float64)))
-
-
 def as_numpy(array: ms.Tensor | np.ndarray) -> np.ndarray:
     return array.asnumpy() if isinstance(array, ms.Tensor) else array
 
@@ -184,8 +175,13 @@ def move_to_disk(net: nn.Cell, folder: Path) -> dict[str, np.memmap]:
             start += values.nbytes
         file.flush()
         content = np.memmap(file, np.uint8, "r")
+    drop_values(net)
+    return {name: content[place].view(dtype).reshape(shape) for name, (place, dtype, shape) in places.items()}
+
+
+def drop_values(net: nn.Cell) -> None:
+    """Take the values of `net` out of memory, which is of no use afterwards."""
     for parameter in net.get_parameters():
         # MindSpore holds on to the parameters of the cell that it compiled last: dropping the cell alone
         # frees nothing.
         parameter.set_data(ms.Tensor([0], parameter.dtype), slice_shape=True)
-    return {name: content[place].view(dtype).reshape(shape) for name, (place, dtype, shape) in places.items()}

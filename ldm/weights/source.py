@@ -73,7 +73,7 @@ def open_weights(path: Path, variant: str | None = None, use_averages: bool = Fa
         return _open_folder(path, variant, use_averages)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path}: no such file; see models/README.md for where to get it")
-    _compare_digest(path)
+    compare_digest(path)
     arrays = read_file(path)
     return Source(path, [path], arrays, global_step=getattr(arrays, "global_step", None))
 
@@ -123,7 +123,8 @@ def _what_else(head: bytes) -> str | None:
     return None
 
 
-def _compare_digest(path: Path) -> None:
+def compare_digest(path: Path) -> None:
+    """Raises ValueError where a file is not what was recorded of it; a warning where its name says other."""
     recorded = recorded_digests(path.parent).get(path.name)
     if recorded and sha256_of(path) != recorded:
         raise ValueError(

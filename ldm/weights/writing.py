@@ -83,7 +83,7 @@ def format_of(path: Path) -> str:
 def save_weights(  # noqa: PLR0913 (a file is described by many things)
     weights: Mapping[str, np.ndarray | ms.Tensor], path: Path, record: bool = False, *, to: str | None = None,
     dtype: np.dtype | None = None, config: ModelConfig | None = None, compare: bool = False,
-    replace: bool = True,
+    replace: bool = True, metadata: Mapping[str, str] = METADATA,
 ) -> str:  # fmt: skip
     """Write a checkpoint; it appears whole or not at all.
 
@@ -95,6 +95,7 @@ def save_weights(  # noqa: PLR0913 (a file is described by many things)
         config: of the model, which the names of `stability` and `diffusers` need.
         compare: read back what was written and compare every bit.
         replace: take the place of what is there.
+        metadata: texts that safetensors have beside the arrays.
 
     Returns:
         The SHA-256 of the file; of a folder's weight files together.
@@ -111,18 +112,21 @@ def save_weights(  # noqa: PLR0913 (a file is described by many things)
         return _write_folder(arrays, path, record, dtype, config, compare)
     named = as_named_in(STABILITY, arrays, config) if to == "stability" else arrays
     with appears_whole(path, replace=replace) as file:
-        digest = _write_file(file, named, dtype, is_ckpt=to == "mindspore", compare=compare)
+        digest = _write_file(file, named, dtype, to == "mindspore", compare, metadata)
         if record:
             record_digests(path.parent, {path.name: digest})
     return digest
 
 
-def _write_file(file: BinaryIO, arrays: Arrays, dtype: np.dtype | None, is_ckpt: bool, compare: bool) -> str:
+def _write_file(
+    file: BinaryIO, arrays: Arrays, dtype: np.dtype | None, is_ckpt: bool, compare: bool,
+    metadata: Mapping[str, str] = METADATA,
+) -> str:  # fmt: skip
     hashing, arrays = _Hashing(file), Cast(arrays, dtype, compare)
     if is_ckpt:
         write_ckpt(hashing, ((name, arrays[name]) for name in arrays))
     else:
-        write_safetensors(hashing, arrays, METADATA)
+        write_safetensors(hashing, arrays, dict(metadata))
     if compare:
         file.flush()
         written = read_file(Path(file.name))

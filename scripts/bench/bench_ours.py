@@ -76,7 +76,7 @@ def training(job, model, config, graphs):
         max_grad_norm=1.0,
     )  # fmt: skip
     values = count_values(model, options.train_text_encoder)
-    options = replace(options, recompute=settle_recompute(None, values.trained, config.unet.dropout))
+    options = replace(options, recompute=settle_recompute(None, values.bytes_needed, config.unet.dropout))
     latent_channels, side = config.autoencoder.latent_channels, size // config.autoencoder.downsampling
     shape = (2 * batch, latent_channels, side, side)
     rng = np.random.default_rng(0)
@@ -90,7 +90,7 @@ def training(job, model, config, graphs):
         aside.take_frozen_from(model, options)
     trainer = build_trainer(model, inputs, options, config)
     if job["train_text_encoder"]:
-        graphs.restart_if_memory_is_low(trainer.compile, 4 * trainer.trained_values)  # as train_dreambooth.py
+        graphs.restart_if_memory_is_low(trainer.compile, trainer.bytes_needed)  # as train_dreambooth.py
     text = Tensor(np.repeat(text, batch, axis=0))
     one, done = Tensor(np.float32(1)), 0
 

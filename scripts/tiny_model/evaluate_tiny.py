@@ -89,11 +89,20 @@ class Drawer:
         return np.concatenate(drawn)
 
     def _load(self, checkpoint: Path) -> None:
+        """A whole model, or a LoRA, which is added to the base model."""
         from ldm.weights.checkpoint import load_checkpoint
+        from ldm.weights.lora_files import is_lora
+        from ldm.weights.lora_merge import read_loras
+        from ldm.weights.source import read_file
 
-        if checkpoint != self.loaded:
+        if checkpoint == self.loaded:
+            return
+        if is_lora(read_file(checkpoint)):
+            shapes = {parameter.name: parameter.shape for parameter in self.model.get_parameters()}
+            load_checkpoint(self.model, BASE, added=read_loras([str(checkpoint)], shapes, self.config))
+        else:
             load_checkpoint(self.model, checkpoint)
-            self.loaded = checkpoint
+        self.loaded = checkpoint
 
     def psnr(self, checkpoint: Path, real: np.ndarray) -> float:
         """How well the VAE gives pictures (N, 64, 64, 3) uint8 back, in dB, mean over them; N a multiple of

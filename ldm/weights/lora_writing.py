@@ -1,0 +1,150 @@
+"""Files of LoRA for this program and others: AUTOMATIC1111, ComfyUI, diffusers, kohya's."""
+
+import datetime
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ldm.config import ModelConfig
+from ldm.options import TrainOptions
+from ldm.weights.arrays import ArraysInMemory, cast, is_finite
+from ldm.weights.checkpoint import as_numpy
+from ldm.weights.lora_files import Pair
+from ldm.weights.lora_merge import OWN_METADATA, PREDICTIONS_OF_VERSIONS
+from ldm.weights.lora_units import DOWN, UP, Unit
+from ldm.weights.safetensors_files import write_safetensors
+from ldm.weights.writing import METADATA, save_weights
+
+WIDTHS = {768: "sd_v1", 1024: "sd_v2"}  # of the text features, in models of full size
+
+
+@dataclass(frozen=True)
+class LoraWriter:
+    """Writes the additions of a model.
+
+    Args:
+        units: those that there are, by name.
+        alphas: of each.
+        naming: one of ldm.fields.LORA_FORMATS.
+        dtype: of the arrays in the file.
+        metadata: texts, of `metadata_of`.
+    """
+
+    units: Mapping[str, Unit]
+    alphas: Mapping[str, float]
+    naming: str
+    dtype: np.dtype
+    metadata: Mapping[str, str]
+
+    def save(self, weights: Mapping, path: Path, record: bool = False, replace: bool = True) -> str:
+        """Write additions: by the names of their layers, with `.lora_down.weight` and `.lora_up.weight`.
+
+        The file appears whole or not at all.
+
+        Returns:
+            The SHA-256 of the file.
+
+        Raises:
+            OverflowError: a value is too large for the dtype.
+            FileExistsError: the file is there, and is not to be replaced.
+        """
+        pairs = {
+            name: Pair(as_numpy(weights[name + DOWN]), as_numpy(weights[name + UP]), self.alphas[name])
+            for name in self.units
+        }
+        arrays = self._named(pairs)
+        for name, values in arrays.items():
+            if not is_finite(values):
+                raise OverflowError(f"{name} has values too large for {self.dtype}: give --lora_fp16=False")
+        titles = {"ss_output_name": path.stem, "modelspec.title": path.stem}
+        metadata = METADATA | dict(self.metadata) | titles
+        metadata |= _hashes(arrays, metadata)
+        return save_weights(arrays, path, record, to="safetensors", replace=replace, metadata=metadata)
+
+    def _named(self, pairs: Mapping[str, Pair]) -> dict[str, np.ndarray]:
+        """In the dtype and order of the file, which is the order of the safetensors library."""
+        found = {}
+        for name, pair in pairs.items():
+            unit = self.units[name]
+            down_shape, up_shape = unit.shapes(pair.rank)
+            up = pair.up
+            if self.naming == "kohya":
+                names = [f"{unit.kohya}{ending}" for ending in (DOWN, UP)]
+                found[f"{unit.kohya}.alpha"] = np.array(pair.alpha)
+            else:
+                # there is no alpha that all readers of this form see: it goes into B
+                up = up if pair.alpha == pair.rank else up * np.float32(pair.alpha / pair.rank)
+                lora = "lora_linear_layer" if unit.is_of_text else "lora"
+                names = [f"{unit.diffusers}.{lora}.{way}.weight" for way in ("down", "up")]
+            found |= dict(zip(names, (pair.down.reshape(down_shape), up.reshape(up_shape))))
+        return {name: cast(np.asarray(found[name]), self.dtype) for name in sorted(found)}
+
+
+def _hashes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, str]:
+    """What AUTOMATIC1111 knows a file by (sd-scripts, precalculate_safetensors_hashes): SHA-256 of all behind
+    the header, and of 64 KiB from 1 MiB on of a file with kohya's texts only.
+    """
+    file = io.BytesIO()
+    texts = {name: text for name, text in metadata.items() if name.startswith("ss_")}
+    write_safetensors(file, ArraysInMemory(arrays), texts)
+    content = file.getbuffer()
+    start = 8 + int.from_bytes(content[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(content[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[1 << 20 : (1 << 20) + (1 << 16)]).hexdigest()[:8],
+    }
+
+
+def version_of(config: ModelConfig) -> str | None:
+    """As kohya's programs name it; None for a model of other sizes than the published ones."""
+    kind = WIDTHS.get(config.unet.context_dim) if config.unet.model_channels == 320 else None
+    is_v = config.noise_schedule.prediction_type == "v_prediction"
+    name = f"{kind}_v" if kind and is_v else kind
+    return name if name in PREDICTIONS_OF_VERSIONS else None
+
+
+def metadata_of(
+    options: TrainOptions, config: ModelConfig, sizes: Mapping[str, tuple[int, float]], base: str
+) -> dict[str, str]:
+    """What a LoRA was trained on and how, for this program and in the words of kohya's and of Stability's
+    modelspec, which others show.
+
+    Args:
+        sizes: rank and alpha of each addition.
+        base: fingerprint of the base model.
+    """
+    ranks, alphas = ({size[place] for size in sizes.values()} for place in (0, 1))
+    rank, alpha = (f"{min(values):g}" if len(values) == 1 else "Dynamic" for values in (ranks, alphas))
+    version, prediction = version_of(config), config.noise_schedule.prediction_type
+    own = {
+        "base": base, "prediction_type": prediction, "instance_prompt": options.instance_prompt,
+        "class_prompt": options.class_prompt, "rank": rank, "alpha": alpha, "targets": options.lora_targets,
+        "train_text_encoder": options.train_text_encoder,
+    }  # fmt: skip
+    kohya = {
+        "ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha,
+        "ss_network_args": "{}", "ss_learning_rate": options.start_learning_rate,
+        "ss_unet_lr": options.start_learning_rate, "ss_seed": options.seed,
+        "ss_text_encoder_lr": options.start_learning_rate if options.train_text_encoder else None,
+        "ss_num_epochs": options.epochs, "ss_resolution": f"({options.image_size}, {options.image_size})",
+        "ss_sd_model_name": options.checkpoint.name, "ss_prior_loss_weight": options.prior_loss_weight,
+        "ss_total_batch_size": options.samples_per_update,
+        "ss_v2": version.startswith("sd_v2") if version else None, "ss_base_model_version": version,
+        "ss_training_comment": f"DreamBooth: {options.instance_prompt}",
+    }  # fmt: skip
+    spec = {
+        "sai_model_spec": "1.0.0", "implementation": "diffusers",
+        "prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+        "resolution": f"{options.image_size}x{options.image_size}",
+        "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        "trigger_phrase": options.instance_prompt,
+        "architecture": {"sd_v1": "stable-diffusion-v1/lora", "sd_v2": "stable-diffusion-v2-512/lora",
+                         "sd_v2_v": "stable-diffusion-v2-768-v/lora"}.get(version),
+    }  # fmt: skip
+    texts = {OWN_METADATA: json.dumps(own)} | kohya | {f"modelspec.{key}": text for key, text in spec.items()}
+    return {name: str(text) for name, text in texts.items() if text is not None}
