@@ -20,7 +20,7 @@ from ldm.fields import SAVE_DTYPES, SAVE_FORMATS
 from ldm.versions import VERSIONS
 from ldm.weights.arrays import Arrays, cast
 from ldm.weights.choice import choose_config
-from ldm.weights.source import open_weights
+from ldm.weights.source import Source, open_weights
 
 
 class Checked(Arrays):
@@ -53,7 +53,12 @@ class Checked(Arrays):
         return len(self._arrays)
 
 
-def convert(options: argparse.Namespace) -> None:
+def open_whole(path: Path, options: argparse.Namespace) -> tuple[Arrays, dict[str, tuple[int, ...]], Source]:
+    """A model's arrays by official names, each read when it is asked for; their shapes; and the source, with
+    its configuration.
+
+    Raises ValueError where it is not a whole model.
+    """
     from ldm.device import require_versions
 
     require_versions()
@@ -61,16 +66,20 @@ def convert(options: argparse.Namespace) -> None:
     from ldm.weights.checkpoint import require_match, say_what_is_left_out
     from ldm.weights.layouts import fit
 
-    format_to_write(options.target, options.to)
-    opened = open_weights(options.source, options.variant, options.use_ema_weights)
+    opened = open_weights(path, options.variant, options.use_ema_weights)
     source = choose_config(opened, options.config, options.version)
-    config = source.config
     print(f"{source.path}: {source.known_by}")
-    shapes = {parameter.name: tuple(parameter.shape) for parameter in build_model(config).get_parameters()}
-    arrays = fit(source.arrays, shapes, config, options.use_ema_weights and source.configs is None)
+    shapes = {p.name: tuple(p.shape) for p in build_model(source.config).get_parameters()}
+    arrays = fit(source.arrays, shapes, source.config, options.use_ema_weights and source.configs is None)
     require_match(shapes, arrays, source.arrays, str(source.path))
     say_what_is_left_out(arrays, str(source.path))
-    write(arrays, config, options.target, options.to, options.dtype)
+    return arrays, shapes, source
+
+
+def convert(options: argparse.Namespace) -> None:
+    format_to_write(options.target, options.to)
+    arrays, _, source = open_whole(options.source, options)
+    write(arrays, source.config, options.target, options.to, options.dtype)
 
 
 def format_to_write(target: Path, to: str | None) -> str:
@@ -110,17 +119,21 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="auto", help="model configuration [the one that fits]")
 
 
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variant", help="of the files in a folder: fp16, bf16, non_ema [the plain ones]")
+    parser.add_argument(
+        "-v", "--version", choices=tuple(VERSIONS), help="Stable Diffusion version [by the file]"
+    )
+    parser.add_argument("--use_ema_weights", action="store_true", help="take the averages in the source")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path, help="a weight file or a folder of diffusers")
     add_writing_options(parser)
-    parser.add_argument("--variant", help="of the files in a folder: fp16, bf16, non_ema [the plain ones]")
-    parser.add_argument(
-        "-v", "--version", choices=tuple(VERSIONS), help="Stable Diffusion version [by the file]"
-    )
-    parser.add_argument("--use_ema_weights", action="store_true", help="take the averages in the source")
+    add_reading_options(parser)
     options = parser.parse_args(argv)
     start_logging("INFO")
     with Ending("convert_checkpoint.py"):

@@ -32,6 +32,11 @@ def weights_of_state(options: argparse.Namespace) -> None:
     format_to_write(options.target, options.to)
     folder = (options.state.parent if options.state.name == "state.ckpt" else options.state).resolve()
     state = read_state(folder)
+    if state.origin.get("use_lora"):
+        raise ValueError(
+            f"{folder}: is of a LoRA training: continue it with --resume; --save_weights_every gives files on "
+            f"the way"
+        )
     averaged = " averaged" if options.base_was_averaged else ""
     base = open_weights(options.base, options.variant, options.base_was_averaged)
     if state.origin.get("base model") not in (None, fingerprint(base.files) + averaged):

@@ -25,14 +25,14 @@ ENDINGS = {
     ".lora.up.weight": "up", "_lora.up.weight": "up", ".lora_linear_layer.up.weight": "up",
     "_lora.alpha": "alpha", ".lora.alpha": "alpha", ".lora_linear_layer.alpha": "alpha", ".alpha": "alpha",
 }  # fmt: skip
-OTHER_KINDS = {
-    "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", ".boft_": "BOFT", "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA", "lora_mid": "LoCon with a decomposed kernel",
-    ".diff": "full differences", ".ia3.": "IA3",
-    "lora_te1_": "LoRA for Stable Diffusion XL", "lora_te2_": "LoRA for Stable Diffusion XL",
-    "text_encoder_2.": "LoRA for Stable Diffusion XL", "unet:0:": "cloneofsimo's LoRA, without names",
-    "lora_transformer_": "LoRA for Flux or Stable Diffusion 3",
-    "transformer.": "LoRA for Flux or Stable Diffusion 3",
+OTHER_KINDS = {  # patterns of entries
+    r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.b?oft_": "OFT",
+    r"\.dora_scale|\.lora_magnitude_vector": "DoRA",
+    r"\.lora_mid\.": "LoCon with a decomposed kernel", r"\.diff(_b)?$": "full differences",
+    r"\.ia3\.": "IA3", r"^unet:\d+:": "cloneofsimo's LoRA, without names",
+    r"^lora_te[12]_|^text_encoder_2\.": "LoRA for Stable Diffusion XL",
+    r"^lora_transformer_|^transformer\.|^lora_unet_(double|single|joint)_blocks":
+        "LoRA for Flux or Stable Diffusion 3",
 }  # fmt: skip
 PEFT = "base_model.model."
 FOLDER_FILES = (
@@ -132,9 +132,11 @@ def _sort(arrays: Arrays, known: Mapping[str, list[Unit]]) -> dict[str, dict[str
                 raise ValueError(f"{entry} and {entries[kind]} are the same addition")
             entries[kind] = entry
     if unknown:
-        kinds = {text for part, text in OTHER_KINDS.items() if any(part in entry for entry in unknown)}
+        kinds = {kind for pattern, kind in OTHER_KINDS.items() if any(re.search(pattern, e) for e in unknown)}
         if kinds:
             raise ValueError(f"this is {' and '.join(sorted(kinds))}, which is not read: give a plain LoRA")
+        if not is_lora(arrays):
+            raise ValueError("not a LoRA: a whole model goes with --ckpt_path or --pretrained_model_path")
         if not found:
             raise ValueError("not a LoRA for this model: none of its entries is an addition to it")
         raise ValueError(f"entries that are not understood or not of this model: {examples(unknown)}")

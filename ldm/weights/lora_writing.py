@@ -20,6 +20,10 @@ from ldm.weights.lora_units import DOWN, UP, Unit
 from ldm.weights.safetensors_files import write_safetensors
 from ldm.weights.writing import METADATA, save_weights
 
+ARCHITECTURES = {
+    "sd_v1": "stable-diffusion-v1/lora", "sd_v2": "stable-diffusion-v2-512/lora",
+    "sd_v2_v": "stable-diffusion-v2-768-v/lora",
+}  # fmt: skip
 WIDTHS = {768: "sd_v1", 1024: "sd_v2"}  # of the text features, in models of full size
 
 
@@ -108,43 +112,54 @@ def version_of(config: ModelConfig) -> str | None:
     return name if name in PREDICTIONS_OF_VERSIONS else None
 
 
-def metadata_of(
-    options: TrainOptions, config: ModelConfig, sizes: Mapping[str, tuple[int, float]], base: str
+def texts_of(
+    config: ModelConfig, sizes: Mapping[str, tuple[int, float]], base: str, own: Mapping
 ) -> dict[str, str]:
-    """What a LoRA was trained on and how, for this program and in the words of kohya's and of Stability's
-    modelspec, which others show.
+    """Metadata: what a LoRA is an addition to, for this program and in the words of kohya's and of
+    Stability's modelspec, which others show.
 
     Args:
         sizes: rank and alpha of each addition.
         base: fingerprint of the base model.
+        own: what else this program is to note.
     """
     ranks, alphas = ({size[place] for size in sizes.values()} for place in (0, 1))
     rank, alpha = (f"{min(values):g}" if len(values) == 1 else "Dynamic" for values in (ranks, alphas))
     version, prediction = version_of(config), config.noise_schedule.prediction_type
-    own = {
-        "base": base, "prediction_type": prediction, "instance_prompt": options.instance_prompt,
-        "class_prompt": options.class_prompt, "rank": rank, "alpha": alpha, "targets": options.lora_targets,
-        "train_text_encoder": options.train_text_encoder,
-    }  # fmt: skip
-    kohya = {
+    noted = {"base": base, "prediction_type": prediction, "rank": rank, "alpha": alpha} | dict(own)
+    texts = {
+        OWN_METADATA: json.dumps(noted),
         "ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha,
-        "ss_network_args": "{}", "ss_learning_rate": options.start_learning_rate,
-        "ss_unet_lr": options.start_learning_rate, "ss_seed": options.seed,
-        "ss_text_encoder_lr": options.start_learning_rate if options.train_text_encoder else None,
-        "ss_num_epochs": options.epochs, "ss_resolution": f"({options.image_size}, {options.image_size})",
+        "ss_network_args": "{}", "ss_base_model_version": version,
+        "ss_v2": version.startswith("sd_v2") if version else None,
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+        "modelspec.date": datetime.datetime.now().isoformat(timespec="seconds"),
+        "modelspec.architecture": ARCHITECTURES.get(version),
+    }  # fmt: skip
+    return _as_texts(texts)
+
+
+def metadata_of(
+    options: TrainOptions, config: ModelConfig, sizes: Mapping[str, tuple[int, float]], base: str
+) -> dict[str, str]:
+    """`texts_of`, and how a LoRA was trained."""
+    own = {
+        "instance_prompt": options.instance_prompt, "class_prompt": options.class_prompt,
+        "targets": options.lora_targets, "train_text_encoder": options.train_text_encoder,
+    }  # fmt: skip
+    rate, size = options.start_learning_rate, options.image_size
+    training = {
+        "ss_learning_rate": rate, "ss_unet_lr": rate,
+        "ss_text_encoder_lr": rate if options.train_text_encoder else None,
+        "ss_seed": options.seed, "ss_num_epochs": options.epochs, "ss_resolution": f"({size}, {size})",
         "ss_sd_model_name": options.checkpoint.name, "ss_prior_loss_weight": options.prior_loss_weight,
         "ss_total_batch_size": options.samples_per_update,
-        "ss_v2": version.startswith("sd_v2") if version else None, "ss_base_model_version": version,
         "ss_training_comment": f"DreamBooth: {options.instance_prompt}",
+        "modelspec.resolution": f"{size}x{size}", "modelspec.trigger_phrase": options.instance_prompt,
     }  # fmt: skip
-    spec = {
-        "sai_model_spec": "1.0.0", "implementation": "diffusers",
-        "prediction_type": "v" if prediction == "v_prediction" else "epsilon",
-        "resolution": f"{options.image_size}x{options.image_size}",
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "trigger_phrase": options.instance_prompt,
-        "architecture": {"sd_v1": "stable-diffusion-v1/lora", "sd_v2": "stable-diffusion-v2-512/lora",
-                         "sd_v2_v": "stable-diffusion-v2-768-v/lora"}.get(version),
-    }  # fmt: skip
-    texts = {OWN_METADATA: json.dumps(own)} | kohya | {f"modelspec.{key}": text for key, text in spec.items()}
-    return {name: str(text) for name, text in texts.items() if text is not None}
+    return texts_of(config, sizes, base, own) | _as_texts(training)
+
+
+def _as_texts(values: Mapping) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items() if value is not None}

@@ -107,8 +107,8 @@ def _kinds_by_name(arrays: Arrays) -> Iterator[tuple[bool, str]]:
     yield (
         contains("lora_down", "lora_up", ".lora_A.") or has("lora_"),
         (
-            "these are LoRA weights, a small addition to a base model, which this version cannot read yet; "
-            "give a whole checkpoint"
+            "these are LoRA weights, a small addition to a base model: give that here, and this file with "
+            "--lora_ckpt_path"
         ),
     )
     is_xl = has("conditioner.embedders.1.") or (has("conditioner.") and contains(".label_emb."))
