@@ -263,12 +263,12 @@ class TrainOptions:
         require_weights(self.checkpoint, "see models/README.md for where to get it")
 
     def _check_lora(self) -> None:
+        if not self.lora_ft_unet:
+            raise ConfigError("lora_ft_unet must be True: the UNet is always trained")
         lora = [spec for spec in dataclasses.fields(self) if spec.name.startswith("lora_")]
         given = [spec.name for spec in lora if getattr(self, spec.name) != spec.default]
         if given and not self.use_lora and (given, self.lora_rank) != (["lora_rank"], 4):  # as files of 2023
             raise ConfigError(f"{given[0]} acts with LoRA only: give --use_lora=True, or leave it out")
-        if not self.lora_ft_unet:
-            raise ConfigError("lora_ft_unet must be True: the UNet is always trained")
         if unknown := set(self.lora_target_names) - set(LORA_TARGETS):
             raise ConfigError(
                 f"lora_targets must be some of {', '.join(LORA_TARGETS)} with + between them, got "

@@ -65,7 +65,7 @@ class SampleOptions:
     lora_ckpt_path: tuple[str, ...] | None = option(
         None,
         "model",
-        "LoRA files, of this or another program, each with a weight: FILE or FILE:0.7 [none]",
+        "LoRA files, of this or another program, each with a weight: FILE or FILE:0.7 [no]",
         metavar="FILE[:WEIGHT]",
     )
     use_lora: bool | None = option(None, "model", "False: leave them out [if there are any]")

@@ -3,8 +3,8 @@
     python scripts/extract_lora.py BASE TUNED TARGET.safetensors --rank 16
 
 The difference of each weight is cut down to a rank by its singular values, which leaves the least that the
-rank allows (Eckart & Young 1936); what is left is said. Norms, biases and embeddings have no low-rank addition.
-BASE and TUNED are of any format; they are read array by array. Nothing that exists is overwritten.
+rank allows (Eckart & Young 1936); what is left is said. Norms, biases and embeddings have no low-rank
+addition. BASE and TUNED are of any format; they are read array by array. Nothing that exists is overwritten.
 """
 
 import argparse

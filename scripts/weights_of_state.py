@@ -34,8 +34,8 @@ def weights_of_state(options: argparse.Namespace) -> None:
     state = read_state(folder)
     if state.origin.get("use_lora"):
         raise ValueError(
-            f"{folder}: is of a LoRA training: continue it with --resume; --save_weights_every gives files on "
-            f"the way"
+            f"{folder}: is of a LoRA training: continue it with --resume; --save_weights_every leaves files "
+            f"on the way"
         )
     averaged = " averaged" if options.base_was_averaged else ""
     base = open_weights(options.base, options.variant, options.base_was_averaged)

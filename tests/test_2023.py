@@ -145,6 +145,10 @@ TRAINING = {
         ["--train_config=configs/train/train_config_dreambooth_v2.yaml"],
         {"epochs": 4, "random_flip": True, "warmup_steps": 0},
     ),
+    "September: LoRA": (
+        ["--train_config=configs/train/train_config_dreambooth_lora_v2.yaml"],
+        {"epochs": 4, "use_lora": True, "lora_rank": 64, "train_text_encoder": True},
+    ),
     "its values as text": (
         [*TRAIN, "--use_lora", "False", "--log_level", "logging.INFO", "--scale_window=200.0"],
         {"use_lora": False, "log_level": "INFO", "scale_window": 200},
@@ -159,10 +163,6 @@ REFUSED_TRAINING = {
     "the vanilla example's JSON": (
         [*TRAIN, "--train_config=configs/train_config_v2.json"],
         "unknown option data_path",
-    ),
-    "LoRA of September": (
-        ["--train_config=configs/train/train_config_dreambooth_lora_v2.yaml"],
-        "unknown option lora_ft_unet",
     ),
     "another version": ([*TRAIN, "-v", "1.6"], "version must be one of 1.4, 1.5, 2.0"),
     "jit_level": ([*TRAIN, "--jit_level=O2"], "unknown argument --jit_level=O2"),

@@ -12,4 +12,4 @@ def test_damaged_files_are_read_or_refused_in_words():
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 15 and all(int(row[-1]) == 0 and sum(map(int, row[2:])) == 150 for row in rows)
+    assert len(rows) == 16 and all(int(row[-1]) == 0 and sum(map(int, row[2:])) == 150 for row in rows)

@@ -25,7 +25,7 @@ REFERENCE_DEFAULTS = dict(
     weight_decay=1e-2,
     gradient_accumulation_steps=1, version=None, class_sampler="ddim", keep_weights=10, clip_grad=False,
     max_grad_norm=1.0, init_loss_scale=512, loss_scale_factor=2,
-    scale_window=200, use_ema=False, use_lora=False, lora_rank=4, lora_fp16=True, ckpt_save_interval=1,
+    scale_window=200, use_ema=False, use_lora=False, lora_fp16=True, ckpt_save_interval=1,
     callback_size=1,
     seed=3407, log_level="INFO",
 )  # fmt: skip
@@ -110,7 +110,9 @@ MISTAKES = {
     "--seed=-1": "must be 0 or more",
     "--optim=sgd": "must be one of adamw, adam",
     "--log_level=__import__('os')": "must be one of DEBUG, INFO",
-    "--use_lora=True": "not available yet",
+    "--lora_rank=8": "lora_rank acts with LoRA only: give --use_lora=True",
+    "--lora_targets=attention+convs": "lora_targets",
+    "--lora_ft_unet=False": "the UNet is always trained",
     "--instance_prompt=": "--instance_prompt is missing",
     "--instance_data_dir=/nowhere": "no such folder",
     "--pretrained_model_file=other.ckpt": "no such file or folder; see models/README.md",
@@ -171,13 +173,31 @@ def test_no_class_folder_is_needed_without_prior_preservation(files, capsys):
     (["--ddim_eta=1"], "ddim sampler only"),
     (["-v", "2.2"], "one of 1.4, 1.5, 2.0, 2.0-v, 2.1, 2.1-v, got '2.2'\n"),
     (["--skip_grid", "--skip_save"], "nothing to write"),
-    (["--n_samples=0"], "1 or more"), (["--use_lora"], "not available yet"), (["--lora_rank=8"],
-    "not available yet"), (["stray"], "unknown argument stray"),
+    (["--n_samples=0"], "1 or more"), (["--use_lora"], "give the LoRA with --lora_ckpt_path"),
+    (["--lora_rank=8"], "lora_rank: give the LoRA with"), (["stray"], "unknown argument stray"),
 ])  # fmt: skip
 def test_mistaken_sampling_flags(files, capsys, flags, wanted):
     assert wanted in error_of(
         capsys, lambda: parse_options(SampleOptions, [f"--ckpt_path={files / 'base.ckpt'}", *flags])
     )
+
+
+def test_lora_options(files, capsys):
+    given = train(files, "--use_lora", "--lora_targets=+feed_forward", "--lora_ft_text_encoder=False")
+    assert given.lora_target_names == ("attention", "feed_forward") and not given.train_text_encoder
+    assert train(files, "--lora_rank=4").lora_rank == 4  # files of 2023 have it without LoRA, too
+    for flags, words in (
+        (["--lora_targets=attention+convolution"], "did you mean convolutions?"),
+        (["--save_format=stability"], "with LoRA give --lora_format"),
+        (["--lora_dropout=1"], "must be less than 1"),
+        (["--lora_alpha=0"], "must be more than 0"),
+    ):
+        assert words in error_of(capsys, lambda flags=flags: train(files, "--use_lora", *flags))
+    base = f"--ckpt_path={files / 'base.ckpt'}"
+    two = ["--lora_ckpt_path", "a b.safetensors", "c,d.safetensors:0.5"]
+    drawn = parse_options(SampleOptions, [base, *two])
+    assert drawn.loras == ("a b.safetensors", "c,d.safetensors:0.5")
+    assert parse_options(SampleOptions, [base, *two, "--use_lora=False"]).loras == ()
 
 
 def test_shipped_configurations_are_readable():
@@ -218,7 +238,6 @@ def test_every_option_is_read_somewhere():
         "dpm_solver",
         "dpm_solver_pp",
         "uni_pc",
-        "lora_ckpt_path",
     }
     for cls in (TrainOptions, SampleOptions):
         # read while parsing
@@ -262,5 +281,9 @@ def test_what_depends_on_an_option_is_said_by_its_field():
     run = {"resume", "allow_changed_options", "callback_size", "log_level", "version"}
     machine = {"device", "mode", "compile_cache", "use_parallel", "flash_attention", "deterministic"}
     machine |= {"precision", "force_precision"}  # the model configuration is compared, with what it became
-    assert free == files | batches | saving | run | machine
-    assert TrainOptions().training_facts().keys() == {f.name for f in dataclasses.fields(TrainOptions)} - free
+    lora = {"lora_fp16", "lora_format", "lora_ckpt_path", "lora_ft_unet"}
+    assert free == files | batches | saving | run | machine | lora
+    names = {spec.name for spec in dataclasses.fields(TrainOptions)} - free
+    assert TrainOptions(use_lora=True).training_facts().keys() == names
+    of_lora = {"lora_rank", "lora_alpha", "lora_targets", "lora_dropout"}
+    assert TrainOptions().training_facts().keys() == names - of_lora

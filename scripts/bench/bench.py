@@ -20,6 +20,9 @@ figures:
   text_step    a training step, UNet and text encoder; the peer encodes in every step and has gradient
   checkpointing on;
                neither clips, as is this project's default
+  lora         a training step of rank 16 additions to the attention of UNet and text encoder, on the peer's
+               side with PEFT; latents cached on both sides, no clipping; and the same with this project's own
+               full fine-tuning in the peer's column
   denoise      a denoising step of one picture with guidance (the UNet on a batch of 2)
   decode       one picture from its latents
   start        seconds from loaded weights to the end of the first training step, less a steady step: with an
@@ -59,6 +62,7 @@ from ldm.config import (
 from ldm.tokenizer import Tokenizer
 from ldm.weights.diffusers_folder import diffusers_configs
 
+LORA_RANK = 16
 PROMPTS = ("a photo of sks dog", "a photo of a dog", "")  # of the instance, of the class, negative
 
 
@@ -99,7 +103,7 @@ def presets() -> dict[str, Preset]:
         text_encoder=TextEncoderConfig(49408, 77, 48, 3, 1),
         noise_schedule=ScheduleConfig(1000, 0.00085, 0.012, "epsilon"),
     )  # fmt: skip
-    light = ("step", "step_cached", "text_step", "denoise", "decode", "start")
+    light = ("step", "step_cached", "text_step", "lora", "denoise", "decode", "start")
     every = (*light, "sample", "memory")
     return {
         "smoke": Preset(smoke, 1, 1, every, memory_steps=(2, 4), pictures=1, sampling_steps=2),
@@ -122,8 +126,8 @@ def run_job(side: str, preset: Preset, cache: Path, **fields) -> dict:
     """
     config = preset.config
     job = {
-        "train_text_encoder": False, "encode": False, "channels_last": None, "steps": preset.steps,
-        "batch": preset.batch,
+        "train_text_encoder": False, "lora_rank": 0, "encode": False, "channels_last": None,
+        "steps": preset.steps, "batch": preset.batch,
         "pictures": 1, "sampling_steps": preset.sampling_steps, "memory_steps": preset.memory_steps,
         "prompts": PROMPTS,
         "token_ids": Tokenizer(config.text_encoder.context_length)(PROMPTS).tolist(),
@@ -190,6 +194,18 @@ class Runs:
             max(self.rounds, least_rounds),
         )
 
+    def lora(self) -> dict[str, list[dict]]:
+        """Of LoRA on both sides, and under `full` of this project's own full fine-tuning."""
+        ours = dict(task="train", train_text_encoder=True)
+        results = {"ours": [], "peer": [], "full": []}
+        for turn in range(self.rounds):
+            results["full"].append(self.job("ours", turn, **ours))
+            results["ours"].append(self.job("ours", turn, **ours, lora_rank=LORA_RANK))
+            results["peer"].append(
+                self.job("peer", turn, **ours, lora_rank=LORA_RANK, channels_last=self.channels_last)
+            )
+        return results
+
     def drawing(self, task: str) -> dict[str, list[dict]]:
         fields = (
             dict(task=task, steps=1, pictures=self.preset.pictures) if task == "sample" else dict(task=task)
@@ -218,6 +234,10 @@ def seconds(runs: list[dict]) -> float:
     return median(second for run in runs for second in run["seconds"])
 
 
+def peak(runs: list[dict]) -> float:
+    return max(run["peak_gib"] for run in runs)
+
+
 def start_up(run: dict) -> float:
     return run["first"] - median(run["seconds"])
 
@@ -236,6 +256,12 @@ def figures(kind: str, runs: Runs):
             yield row(
                 name, "s", {"ours": [ours[turn]], "peer": peer}, lambda those: median(map(start_up, those))
             )
+    elif kind == "lora":
+        results = runs.lora()
+        full = {"ours": results["ours"], "peer": results.pop("full")}
+        for name, pair in (("lora_step", results), ("lora_step_of_full", full)):
+            yield row(name, "s", pair, seconds)
+            yield row(f"peak_memory_{name}", "GiB", pair, peak)
     elif kind == "memory":
         results = runs.memory()
         for turn, step in enumerate(runs.preset.memory_steps):
@@ -255,9 +281,7 @@ def figures(kind: str, runs: Runs):
     else:
         results = runs.training(kind) if kind in ("step", "step_cached", "text_step") else runs.drawing(kind)
         yield row(names[kind], "s", results, seconds)
-        yield row(
-            f"peak_memory_{names[kind]}", "GiB", results, lambda those: max(run["peak_gib"] for run in those)
-        )
+        yield row(f"peak_memory_{names[kind]}", "GiB", results, peak)
 
 
 def processor() -> str:
@@ -320,7 +344,7 @@ def main() -> None:
         "processor": processor(),
     }
     report["versions"] = {
-        name: version(name) for name in ("mindspore", "torch", "diffusers", "transformers", "numpy")
+        name: version(name) for name in ("mindspore", "torch", "diffusers", "transformers", "peft", "numpy")
     }
     with tempfile.TemporaryDirectory() as cache:
         runs = Runs(preset, options.rounds, Path(cache))

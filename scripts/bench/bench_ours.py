@@ -64,6 +64,7 @@ def training(job, model, config, graphs):
     from ldm.networks.autoencoder import posterior_sample
     from ldm.run.checkpoints import Checkpoints
     from ldm.training.inputs import Inputs, encode_prompts
+    from ldm.training.lora import plan_lora
     from ldm.training.samples import DreamBoothSamples
     from ldm.training.trained import count_values, settle_recompute
     from ldm.training.trainer import build_trainer
@@ -73,9 +74,10 @@ def training(job, model, config, graphs):
         instance_prompt=job["prompts"][0], class_prompt=job["prompts"][1], image_size=size,
         train_batch_size=batch,
         train_text_encoder=job["train_text_encoder"], clip_grad=not job["train_text_encoder"],
-        max_grad_norm=1.0,
+        max_grad_norm=1.0, use_lora=job["lora_rank"] > 0, lora_rank=job["lora_rank"] or None,
     )  # fmt: skip
-    values = count_values(model, options.train_text_encoder)
+    options, lora = plan_lora(options, config, model)
+    values = count_values(model, options.train_text_encoder, lora)
     options = replace(options, recompute=settle_recompute(None, values.bytes_needed, config.unet.dropout))
     latent_channels, side = config.autoencoder.latent_channels, size // config.autoencoder.downsampling
     shape = (2 * batch, latent_channels, side, side)
@@ -87,8 +89,8 @@ def training(job, model, config, graphs):
     inputs = Inputs(samples, lambda _: moments, text, config)
     with tempfile.TemporaryDirectory() as folder:
         aside = Checkpoints(Path(folder), keep=1)
-        aside.take_frozen_from(model, options)
-    trainer = build_trainer(model, inputs, options, config)
+        aside.take_frozen_from(model, options, lora and lora.writer(options, model))
+    trainer = build_trainer(model, inputs, options, config, lora=lora)
     if job["train_text_encoder"]:
         graphs.restart_if_memory_is_low(trainer.compile, trainer.bytes_needed)  # as train_dreambooth.py
     text = Tensor(np.repeat(text, batch, axis=0))
@@ -211,7 +213,7 @@ def main() -> None:
     from ldm.networks.latent_diffusion import build_model
 
     start_device("CPU", 0)
-    facts = {name: job[name] for name in ("task", "train_text_encoder", "batch", "pictures")} | {
+    facts = {name: job[name] for name in ("task", "train_text_encoder", "lora_rank", "batch", "pictures")} | {
         "config": config
     }
     graphs = CompileCache.open(True, facts)

@@ -77,18 +77,21 @@ class Training:
     """diffusers' train_dreambooth.py: encode, add_noise, UNet, both loss terms, backward, clipping, AdamW.
 
     With `encode` the VAE works in every step, else latents are made beforehand. A text encoder that is not
-    trained encodes the prompts once; one that is trained comes with gradient checkpointing in both networks.
+    trained encodes the prompts once; one that is trained comes with gradient checkpointing in both networks,
+    but for LoRA.
     """
 
     def __init__(self, job: dict, networks: Networks) -> None:
         self.unet, self.vae, self.text_encoder = networks.unet.train(), networks.vae, networks.text_encoder
         self.encodes, self.trains_text = job["encode"], job["train_text_encoder"]
         self.ids = torch.tensor(job["token_ids"][:2]).repeat_interleave(job["batch"], 0)
-        if self.trains_text:
+        if job["lora_rank"]:
+            self.add_adapters(job["lora_rank"])
+        elif self.trains_text:
             self.text_encoder.train()
             self.text_encoder.gradient_checkpointing_enable()
             self.unet.enable_gradient_checkpointing()
-        else:
+        if not self.trains_text:
             self.text_encoder.requires_grad_(False)
             self.context = self.text_encoder(self.ids)[0]
         self.parameters = [
@@ -101,6 +104,19 @@ class Training:
         if not self.encodes:
             with torch.no_grad():
                 self.posterior = self.vae.encode(self.pixels).latent_dist
+
+    def add_adapters(self, rank: int) -> None:
+        """As train_dreambooth_lora.py does, which has no gradient checkpointing unless it is asked for."""
+        from peft import LoraConfig
+
+        for network, targets in (
+            (self.unet, ["to_k", "to_q", "to_v", "to_out.0"]),
+            (self.text_encoder, ["q_proj", "k_proj", "v_proj", "out_proj"]),
+        ):
+            network.requires_grad_(False)
+            config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
+            if network is self.unet or self.trains_text:
+                network.add_adapter(config)
 
     def backward(self) -> None:
         posterior = self.vae.encode(self.pixels).latent_dist if self.encodes else self.posterior

@@ -58,6 +58,7 @@ def step(flags: list[str], size: int) -> None:
     from ldm.networks.latent_diffusion import build_model
     from ldm.options import TrainOptions
     from ldm.ranks import Ranks
+    from ldm.training.lora import plan_lora
     from ldm.training.trainer import build_trainer
 
     known = vars(make_parser(TrainOptions).parse_args(flags))
@@ -73,9 +74,10 @@ def step(flags: list[str], size: int) -> None:
 
         communication.init()
     model = build_model(config, fuses_attention=options.flash_attention != "off")
+    options, lora = plan_lora(options, config, model)
     model.take_out_frozen(options.train_text_encoder)
     with no_init_parameters():
-        trainer = build_trainer(model, Zeros(options, config), options, config, Ranks(0, size))
+        trainer = build_trainer(model, Zeros(options, config), options, config, Ranks(0, size), lora)
     for _ in range(UPDATES):
         trainer.one_update()
     memory = ms.runtime.memory_stats()

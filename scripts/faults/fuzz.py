@@ -1,6 +1,6 @@
 """Damage small files of every kind that is read, at random, and see that each is read or refused in words.
 
-    python scripts/faults/fuzz.py                # 2,000 mutations of each of fifteen kinds of files, a few
+    python scripts/faults/fuzz.py                # 2,000 mutations of each of sixteen kinds of files, a few
     minutes python scripts/faults/fuzz.py --count 100 --seed 1 --kind ckpt
 
 A mutation cuts, flips bits, moves or repeats parts, or puts extreme numbers where lengths may be. It passes
@@ -25,6 +25,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,8 @@ def make(kind: str, path: Path) -> None:
         torch_archive(path, b"}(" + text("state_dict") + state_dictionary() + text("callbacks") + run + b"u")
     elif kind == "legacy":
         legacy_torch_file(path)
+    elif kind == "lora":
+        make_lora(path)
     elif kind == "folder":  # the configuration of the UNet in a folder of diffusers
         from ldm.config import read_model_config
         from ldm.weights.diffusers_folder import folder_files
@@ -158,6 +161,34 @@ def make(kind: str, path: Path) -> None:
         Image.fromarray(array).save(path, kind.upper(), exif=exif, icc_profile=profile)
 
 
+@lru_cache
+def units():
+    """What the tiny model can have additions to."""
+    from ldm.config import read_model_config
+    from ldm.networks.latent_diffusion import build_model
+    from ldm.weights.lora_units import units_of
+
+    config = read_model_config(CONFIG)
+    return units_of({p.name: tuple(p.shape) for p in build_model(config).get_parameters()}, config)
+
+
+def make_lora(path: Path) -> None:
+    """Two additions, one in kohya's names with an alpha, one in PEFT's with diffusers' metadata."""
+    from safetensors.numpy import save_file
+
+    rng, arrays = np.random.default_rng(0), {}
+    first, second = [unit for unit in units().values() if unit.target == "attention"][:2]
+    for name, unit, endings in (
+        (first.kohya, first, (".lora_down.weight", ".lora_up.weight")),
+        (second.diffusers, second, (".lora_A.weight", ".lora_B.weight")),
+    ):
+        for ending, shape in zip(endings, unit.shapes(2)):
+            arrays[name + ending] = rng.standard_normal(shape).astype(np.float16)
+    arrays[f"{first.kohya}.alpha"] = np.array(1, np.float16)
+    scales = json.dumps({"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": {}})
+    save_file(arrays, path, {"format": "pt", "lora_adapter_metadata": scales})
+
+
 def read(kind: str, path: Path):
     """What the program makes of a file, as something that can be compared.
 
@@ -173,6 +204,11 @@ def read(kind: str, path: Path):
     if kind in WEIGHT_FILES:
         found = read_file(path)
         return {name: (str(found[name].dtype), found[name].shape, found[name].tobytes()) for name in found}
+    if kind == "lora":
+        from ldm.weights.lora_files import read_lora
+
+        pairs = read_lora(path, units()).pairs
+        return {name: (p.down.tobytes(), p.up.tobytes(), p.alpha) for name, p in pairs.items()}
     if kind == "folder":
         files = folder_files(read_model_config(CONFIG))
         parts = ("vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
@@ -207,7 +243,7 @@ NEEDED = [
 ]  # fmt: skip
 RUN = "a command was run"
 WEIGHT_FILES = ("ckpt", "safetensors", "bfloat16", "torch", "lightning", "command", "legacy")
-KINDS = (*WEIGHT_FILES, "folder", "json", "yaml", "png", "jpeg", "webp", "gif", "tiff")
+KINDS = (*WEIGHT_FILES, "lora", "folder", "json", "yaml", "png", "jpeg", "webp", "gif", "tiff")
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:

@@ -1,11 +1,14 @@
 """How well DreamBooth works on the embedded tiny model: figures, each judged by scripts/tiny_model/judge.py.
 
     python scripts/tiny_model/evaluate_tiny.py --quick                     # one subject, one seed
-    python scripts/tiny_model/evaluate_tiny.py --json quality.json         # base model, three subjects, three
-    seeds: over an hour python scripts/tiny_model/evaluate_tiny.py --ablations                 # and text
-        encoder, class pictures, steps: the first subject and seed
-    python scripts/tiny_model/evaluate_tiny.py --checkpoint FILE --subject penguin    # a checkpoint that is
-    there already
+    python scripts/tiny_model/evaluate_tiny.py --json quality.json
+        # base model, three subjects, three seeds: over an hour
+    python scripts/tiny_model/evaluate_tiny.py --ablations
+        # and text encoder, class pictures, steps: the first subject and seed
+    python scripts/tiny_model/evaluate_tiny.py --lora
+        # LoRA: three subjects; ranks and targets: the first subject
+    python scripts/tiny_model/evaluate_tiny.py --checkpoint FILE --subject penguin
+        # a checkpoint, or a LoRA, that is there already
 
 Class pictures are drawn once a subject. Runs and figures are kept in --work with their pictures, and a second
 start goes on from them: give another folder after a change. Judges flatter: look at the sheets.
@@ -20,6 +23,7 @@ figures (fractions; see docs/quality.md):
   prior_leak         fine-tuned, "a CLASS": judged to be the subject
   prior_diversity    the same pictures: mean distance of their features, over the base model's
   other_classes      class right of the other classes, base model less fine-tuned
+  megabytes          of the checkpoint
 """
 
 import argparse
@@ -43,6 +47,7 @@ from ldm.device import start_device
 from ldm.files import write_text
 
 CONFIG = ROOT / "configs/train_dreambooth_tiny"
+LORA_CONFIG = ROOT / "configs/train_dreambooth_lora_tiny.json"
 BASE = ROOT / "models/tiny_sd_v2.safetensors"
 SUBJECTS, SEEDS = ("penguin", "car", "house"), (1, 2, 3)
 NEW_PLACES = (
@@ -61,6 +66,14 @@ ABLATIONS = {  # name -> options of the training that differ
     "200 class pictures": {"num_class_images": 200},
     "half the steps": {"train_data_repeats": 20},
     "twice the steps": {"train_data_repeats": 80},
+}
+LORA_SETTINGS = {  # the same for --lora; the first is what the configuration says
+    "LoRA": {},
+    "LoRA of rank 4": {"lora_rank": 4},
+    "LoRA of rank 64": {"lora_rank": 64},
+    "LoRA, feed-forward layers too": {"lora_targets": "+feed_forward"},
+    "LoRA, all kinds of layers": {"lora_targets": "+feed_forward+projections+convolutions"},
+    "LoRA, text encoder frozen": {"train_text_encoder": False},
 }
 
 
@@ -251,15 +264,17 @@ class Evaluation:
 
         return next(place for place, wordings in pictures.PLACES.items() if wording in wordings)
 
-    def train(self, subject: str, seed: int, changes: dict) -> Path:
+    def train(self, subject: str, seed: int, changes: dict, is_lora: bool) -> Path:
         """Fine-tune, or find the checkpoint of an earlier start."""
-        name = "-".join([subject, str(seed), *(f"{key}={value}" for key, value in changes.items())])
+        settings = [f"{key}={value}" for key, value in changes.items()]
+        name = "-".join(["lora"] * is_lora + [subject, str(seed), *settings])
         folder = self.work / "runs" / name
         if not (done := folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)  # what an interrupted start of this script has left
             count = changes.get("num_class_images", "default")
             arguments = {
-                "train_config": CONFIG.with_suffix(".json"), "model_config": CONFIG.with_suffix(".yaml"),
+                "train_config": LORA_CONFIG if is_lora else CONFIG.with_suffix(".json"),
+                "model_config": CONFIG.with_suffix(".yaml"),
                 "pretrained_model_path": BASE.parent, "instance_data_dir": ROOT / "examples" / subject,
                 "instance_prompt": f"a sks {subject}", "class_prompt": noun(subject),
                 "class_data_dir": self.work / "class_images" / f"{subject}-{count}", "output_path": folder,
@@ -276,11 +291,12 @@ class Evaluation:
                     f"training {name} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}"
                 )
             done.touch()
-        return max(folder.glob("dreambooth_epoch_*.ckpt"), key=lambda path: int(path.stem.split("_")[2]))
+        found = [path for path in folder.glob("dreambooth_*_epoch_*" if is_lora else "dreambooth_epoch_*")]
+        return max(found, key=lambda path: int(path.stem.split("_")[-1]))
 
-    def run(self, subject: str, seed: int, base: dict, changes: dict) -> dict[str, float]:
-        checkpoint = self.train(subject, seed, changes)
-        return cached_json(
+    def run(self, subject: str, seed: int, base: dict, changes: dict, is_lora: bool) -> dict[str, float]:
+        checkpoint = self.train(subject, seed, changes, is_lora)
+        return {"megabytes": checkpoint.stat().st_size / 1e6} | cached_json(
             checkpoint.with_name("figures.json"),
             lambda: self.figures_of(checkpoint, subject, base, checkpoint.parent.name),
         )
@@ -310,6 +326,14 @@ def show(title: str, rows: Sequence[dict]) -> None:
         print(f"  {figure['name']:30} {figure['value']:.3f}{spread}", flush=True)
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, dict]:
+    """What is trained: name -> options that differ from the configuration."""
+    if options.lora:
+        return dict(list(LORA_SETTINGS.items())[: 1 if options.quick else None])
+    more = ABLATIONS if options.ablations else dict([next(iter(ABLATIONS.items()))])
+    return {"figures": {}} | ({} if options.quick else more)
+
+
 def evaluate(options: argparse.Namespace) -> dict[str, list[dict]]:
     start_device("auto", mode=0)
     evaluation = Evaluation(options.work, each=1 if options.quick else 8)
@@ -334,18 +358,17 @@ def evaluate(options: argparse.Namespace) -> dict[str, list[dict]]:
         for name, value in cached_json(options.work / f"base-{evaluation.each}.json", evaluation.base).items()
     ]
     show("Judge and base model", tables["figures"])
-    settings = {"figures": {}} | (
-        ABLATIONS if options.ablations else {} if options.quick else dict([next(iter(ABLATIONS.items()))])
-    )
-    for name, changes in settings.items():
-        every = name in ("figures", "without the prior loss")
-        pairs = (
-            [(subject, seed) for seed in seeds for subject in subjects]
-            if every
-            else [(subjects[0], seeds[0])]
-        )
-        results = [evaluation.run(subject, seed, bases[subject], changes) for subject, seed in pairs]
-        rows = [row(key, [result[key] for result in results]) for key in RUN_FIGURES]
+    for name, changes in settings_of(options).items():
+        every = name in ("figures", "without the prior loss", "LoRA")
+        if options.lora:
+            pairs = [(subject, seeds[0]) for subject in (subjects if every else subjects[:1])]
+        else:
+            pairs = [(s, seed) for seed in (seeds if every else seeds[:1])
+                     for s in (subjects if every else subjects[:1])]  # fmt: skip
+        results = [
+            evaluation.run(subject, seed, bases[subject], changes, options.lora) for subject, seed in pairs
+        ]
+        rows = [row(key, [result[key] for result in results]) for key in (*RUN_FIGURES, "megabytes")]
         show("Fine-tuned" if name == "figures" else name, rows)
         tables[name] = tables.get(name, []) + rows
     return tables
@@ -361,6 +384,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--ablations", action="store_true", help="more settings, the first subject and seed each"
     )
+    parser.add_argument("--lora", action="store_true", help="LoRA instead of whole models, one seed")
     parser.add_argument("--checkpoint", type=Path, help="judge this one and train nothing")
     parser.add_argument(
         "--subject", choices=SUBJECTS, default=SUBJECTS[0], help="of --quick and --checkpoint"

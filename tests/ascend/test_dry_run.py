@@ -31,6 +31,8 @@ VARIANTS = {
     "bfloat16, frozen text encoder": ["--precision=bfloat16", "--train_text_encoder=False",
         "--clip_grad=True"],
     "float32": ["--precision=float32"],
+    "float16, LoRA": ["--precision=float16", "--use_lora=True", "--lora_alpha=8", "--recompute=True",
+        "--lora_targets=+feed_forward+projections+convolutions"],
     "float16, attention not fused": ["--precision=float16", "--flash_attention=off"],
 }  # fmt: skip
 

@@ -45,6 +45,19 @@ def test_a_resumed_training_ends_with_the_same_bits(tmp_path):
     resumed_equals_uninterrupted(tmp_path, SHALLOW, options, 2, 5)
 
 
+def test_a_resumed_lora_training_ends_with_the_same_bits(tmp_path):
+    """Its state holds the additions and their moments and averages, nothing of the networks."""
+    options = dataclasses.replace(
+        OPTIONS, use_lora=True, lora_targets="+feed_forward", gradient_accumulation_steps=2, use_ema=True,
+        clip_grad=True,
+    )  # fmt: skip
+    resumed_equals_uninterrupted(tmp_path, SHALLOW, options, 2, 4)
+    (state,) = (tmp_path / "states").iterdir()
+    names = read_state(state).arrays().keys()
+    assert all(name.endswith((".lora_down.weight", ".lora_up.weight")) for name in names)
+    assert {name.split(".")[0] for name in names} == {"model", "cond_stage_model", "adam_m", "adam_v", "ema"}
+
+
 def test_the_loss_scale_and_its_counter_are_kept(tmp_path):
     options = dataclasses.replace(OPTIONS, init_loss_scale=2.0**40, loss_scale_factor=2.0**14, scale_window=2)
     resumed_equals_uninterrupted(tmp_path, in_half(SHALLOW), options, 3, 6)
