@@ -89,8 +89,9 @@ def test_the_readme_names_what_is_there():
     """Every flag is one of the commands'; what the snippet imports exists."""
     text = (ROOT / "README.md").read_text()
     flags = {flag for cls in (TrainOptions, SampleOptions) for flag in flags_of(cls)}
-    flags |= set(re.findall(r'"(--\w+)"', (ROOT / "scripts/convert_checkpoint.py").read_text()))
-    for flag in set(re.findall(r"(?<![\w-])--[A-Za-z][A-Za-z_-]+", text)) - {"--help"}:
+    for script in ("convert_checkpoint", "extract_lora"):
+        flags |= set(re.findall(r'"(--\w+)"', (ROOT / f"scripts/{script}.py").read_text()))
+    for flag in set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]+", text)) - {"--help"}:
         assert flag in flags, flag
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for node in ast.walk(ast.parse(snippet)):

@@ -353,10 +353,10 @@ def evaluate(options: argparse.Namespace) -> dict[str, list[dict]]:
         tables["figures"] += [row(name, [value]) for name, value in figures.items()]
         show("Figures", tables["figures"])
         return tables
-    tables["figures"] += [
-        row(name, [value])
-        for name, value in cached_json(options.work / f"base-{evaluation.each}.json", evaluation.base).items()
-    ]
+    if not options.lora:
+        file = options.work / f"base-{evaluation.each}.json"
+        found = cached_json(file, evaluation.base)
+        tables["figures"] += [row(name, [value]) for name, value in found.items()]
     show("Judge and base model", tables["figures"])
     for name, changes in settings_of(options).items():
         every = name in ("figures", "without the prior loss", "LoRA")

@@ -19,6 +19,7 @@ from ldm.training import train_step as train_step_module
 from ldm.training import trainer as trainer_module
 from ldm.training.lora import plan_lora
 from ldm.training.trained import make_trainable
+from ldm.weights.checkpoint import as_numpy
 from ldm.weights.lora_units import DOWN, UP
 
 STEPS = 20
@@ -62,7 +63,7 @@ def compare(tmp_path, config, options):
     base = weights_as_arrays(model)
     options, plan = plan_lora(options, config, model)
     trainer = make_trainer(model, config, options, samples)
-    before = {name: np.array(p.asnumpy()) for name, p in trainer.weights().items()}
+    before = {name: np.array(as_numpy(p)) for name, p in trainer.weights().items()}
     assert len(before) == 2 * len(plan.units) and not any(before[name + UP].any() for name in plan.units)
     ours = np.array([trainer.one_update()[0] for _ in range(STEPS)])
     assert all(np.array_equal(p.asnumpy(), base.get(p.name, p.asnumpy())) for p in model.get_parameters())
@@ -73,7 +74,7 @@ def compare(tmp_path, config, options):
     for name, parameter in trainer.weights().items():
         moved, reference = (
             values.reshape(before[name].shape) - before[name]
-            for values in (parameter.asnumpy(), final[names[name]])
+            for values in (as_numpy(parameter), final[names[name]])
         )
         assert np.abs(reference).max() > 0, name
         difference += np.square(moved - reference, dtype=np.float64).sum()
