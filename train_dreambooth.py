@@ -79,10 +79,11 @@ def plan(options: TrainOptions, source: Source, folder: RunFolder, ranks: Ranks)
     start.require_that_it_can_continue(progress.total_updates, folder.path)
     if start.is_done(progress.total_updates) and not start.changes(origin):
         return progress.say_that_all_is_done()
-    say_what_is_new(options.warmup_steps, config.unet.dropout)
+    dropout = max(config.unet.dropout, options.lora_dropout)
+    say_what_is_new(options.warmup_steps, dropout)
     values = count_values(model, options.train_text_encoder, lora)
     folder.warn_if_disk_is_too_small(values, progress.checkpoints_to_come(start.global_step), start)
-    recompute = settle_recompute(options.recompute, values.bytes_needed, config.unet.dropout)
+    recompute = settle_recompute(options.recompute, values.bytes_needed, dropout)
     return Plan(replace(options, recompute=recompute), source, start, images, progress, origin, model, lora)
 
 

@@ -111,7 +111,6 @@ def say_what_is_new(warmup_steps: int, dropout: float) -> None:
         logger.info(text, warmup_steps)
     if dropout:
         text = (
-            "dropout %g in the UNet: what it drops differs from run to run, so no run is repeated or "
-            "resumed bit by bit"
+            "dropout %g: what it drops differs from run to run, so no run is repeated or resumed bit by bit"
         )
         logger.warning(text, dropout)

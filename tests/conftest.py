@@ -141,6 +141,8 @@ LONG = (
     "test_ranks",
     "test_dry_run",
     "test_trainer",
+    "test_lora",
+    "test_lora_commands",
     "test_networks",
     "test_stopping",
     "test_states",

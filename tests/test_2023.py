@@ -250,7 +250,7 @@ def test_what_its_files_bring_with_them_is_said(home, caplog):
     )
     say_what_is_new(options.warmup_steps, config.unet.dropout)
     assert "warming up over the first 200 updates (the 2023 example ignored warmup_steps" in caplog.text
-    assert "dropout 0.1 in the UNet: what it drops differs from run to run" in caplog.text
+    assert "dropout 0.1: what it drops differs from run to run" in caplog.text
     caplog.clear()
     ours = ROOT / "configs/train_dreambooth_sd_v2"
     options = parse_options(TrainOptions, [*TRAIN, f"--train_config={ours}.json"])

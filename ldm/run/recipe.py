@@ -15,6 +15,7 @@ from ldm.config import ConfigError, ModelConfig
 from ldm.files import fingerprint, write_text
 from ldm.options import TrainOptions
 from ldm.run.states import State, States, read_state
+from ldm.weights.lora_files import find_lora
 
 RECORD = "run.json"
 logger = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def origin_of(
         "instance pictures": fingerprint(instance_paths),
         "base model": fingerprint(base) + averaged,
         "model configuration": json.loads(json.dumps(config.facts())),
-        **({"LoRA at the start": fingerprint([Path(lora)])} if lora else {}),
+        **({"LoRA at the start": fingerprint([find_lora(Path(lora))[0]])} if lora else {}),
     }
 
 

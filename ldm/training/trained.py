@@ -44,7 +44,7 @@ def settle_recompute(recompute: bool | None, bytes_needed: int, dropout: float) 
     """
     if recompute and dropout:
         raise ValueError(
-            "recompute does not work with dropout: set unet dropout to 0, or leave recompute out"
+            "recompute does not work with dropout (of the UNet, or lora_dropout): leave one of them out"
         )
     if recompute is not None:
         return recompute

@@ -80,7 +80,7 @@ def read_lora(path: Path, units: Mapping[str, Unit]) -> Lora:
         FileNotFoundError: there is none.
         ValueError: it is no LoRA, one of another kind or model, damaged or incomplete.
     """
-    file, stated = _find(path)
+    file, stated = find_lora(path)
     compare_digest(file)
     arrays = read_file(file)
     metadata = dict(getattr(arrays, "metadata", {}))
@@ -95,7 +95,7 @@ def read_lora(path: Path, units: Mapping[str, Unit]) -> Lora:
     return Lora(file, pairs, metadata)
 
 
-def _find(path: Path) -> tuple[Path, dict]:
+def find_lora(path: Path) -> tuple[Path, dict]:
     """The file, and what PEFT's adapter_config.json beside it says."""
     if not path.exists():
         raise FileNotFoundError(f"LoRA {path}: no such file")
