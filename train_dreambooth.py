@@ -125,7 +125,7 @@ def train(work: Plan, folder: RunFolder, inputs: Inputs, ranks: Ranks, stop: Sto
     graphs = CompileCache.open(options.caches_graphs, options.graph_facts() | facts, after=inputs)
     trainer = build_trainer(work.model, inputs, options, config, ranks, work.lora)
     if options.device == "CPU" and ranks.size == 1:
-        graphs.restart_if_memory_is_low(trainer.compile, trainer.bytes_needed)
+        graphs.restart_if_large(trainer.compile, trainer.bytes_needed)
     recorder = Recorder(folder, trainer, progress, work.origin)
     recorder.resume(work.start.state)
     if trainer.global_step >= progress.total_updates:

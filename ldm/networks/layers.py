@@ -12,7 +12,8 @@ from mindspore.common.initializer import HeUniform, initializer
 
 from ldm.networks.kernels import GELU as GELUKernel
 from ldm.networks.kernels import GatedGELU as GatedGELUKernel
-from ldm.networks.kernels import SoftmaxAttention, upsample_nearest
+from ldm.networks.kernels import upsample_nearest
+from ldm.networks.softmax_attention import SoftmaxAttention
 
 CHUNK_BYTES = 256 << 20  # of the scores of an attention that is not fused; more chunks are more kernels
 

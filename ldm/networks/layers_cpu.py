@@ -11,6 +11,7 @@ from ldm.networks import kernels, layers
 from ldm.networks.convolution import MatmulConv, UpsampledConv, is_small, pad_zeros
 from ldm.networks.kernels import AddPerChannel
 from ldm.networks.layers import GELU, CausalAttention, GatedGELU, QuickGELU
+from ldm.networks.softmax_attention import SoftmaxAttention
 
 __all__ = ["GELU", "AddPerChannel", "CausalAttention", "GatedGELU", "QuickGELU"]  # as they are
 
@@ -159,4 +160,4 @@ class Attention(layers.Attention):
     ) -> None:
         super().__init__(heads, causal, length, upcast, fuses)
         self.split_heads, self.merge_heads = kernels.SplitHeads(heads), kernels.MergeHeads(heads)
-        self.softmax_attention = kernels.SoftmaxAttention(causal, length)
+        self.softmax_attention = SoftmaxAttention(causal, length)

@@ -16,6 +16,7 @@ from ldm.device import is_dry_run, soc
 from ldm.memory import memory_is_low
 
 COMPLETE = "complete"  # the file that says that a folder of compiled graphs is whole
+LARGE = 8 << 30  # bytes
 RESTARTED = "DREAMBOOTH_STARTED_AGAIN"
 logger = logging.getLogger(__name__)
 
@@ -74,17 +75,18 @@ class CompileCache:
             with contextlib.suppress(OSError):
                 (self.folder / COMPLETE).touch()
 
-    def restart_if_memory_is_low(self, compile_all: Callable[[], None], needed: int) -> None:
-        """Compile, then start the command once more, where so many bytes would hardly fit beside it.
+    def restart_if_large(self, compile_all: Callable[[], None], needed: int) -> None:
+        """Compile, then start the command once more, where a training needs so many bytes that what compiling
+        took counts, 5 GB at full size: MindSpore never gives that back.
 
-        MindSpore never gives back what compiling took, 3-5 GB at full size. Does nothing in the second start,
-        nor without a folder, in which the graphs would be found there.
+        Where the graphs are there already, only where memory is low. Does nothing in the second start, nor
+        without a folder, in which the graphs would be found there.
         """
-        if not self.folder or os.environ.get(RESTARTED) or not memory_is_low(needed):
+        if not self.folder or os.environ.get(RESTARTED) or needed < LARGE:
             return
-        logger.info(
-            "low memory: compiling first, then restarting once to free the memory that compiling used"
-        )
+        if (self.folder / COMPLETE).exists() and not memory_is_low(needed):
+            return
+        logger.info("compiling first, then starting once more: the memory that compiling takes is free then")
         compile_all()
         self.mark_complete()
         os.environ[RESTARTED] = "1"

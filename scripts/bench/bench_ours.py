@@ -91,8 +91,7 @@ def training(job, model, config, graphs):
         aside = Checkpoints(Path(folder), keep=1)
         aside.take_frozen_from(model, options, lora and lora.writer(options, model))
     trainer = build_trainer(model, inputs, options, config, lora=lora)
-    if job["train_text_encoder"]:
-        graphs.restart_if_memory_is_low(trainer.compile, trainer.bytes_needed)  # as train_dreambooth.py
+    graphs.restart_if_large(trainer.compile, trainer.bytes_needed)  # as train_dreambooth.py
     text = Tensor(np.repeat(text, batch, axis=0))
     one, done = Tensor(np.float32(1)), 0
 

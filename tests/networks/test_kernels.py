@@ -18,10 +18,10 @@ from ldm.networks.kernels import (
     RowSum,
     ScaleAndShift,
     ScaleShiftSiLU,
-    SoftmaxAttention,
     SplitHeads,
     upsample_nearest,
 )
+from ldm.networks.softmax_attention import SoftmaxAttention
 
 
 class Function(nn.Cell):

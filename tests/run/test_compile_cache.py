@@ -85,7 +85,7 @@ def test_a_command_restarts_once_and_finds_its_compile_cache(tmp_path, cached, g
         "import os, sys\nfrom ldm.run.compile_cache import CompileCache\n"
         "print(sys.argv[1:], os.environ.get('MS_COMPILER_CACHE_PATH'), flush=True)\n"
         f"cache = CompileCache.open({cached}, {{}})\n"
-        "cache.restart_if_memory_is_low(lambda: print('compiling', flush=True), 1 << 50)\nprint('done')\n"
+        "cache.restart_if_large(lambda: print('compiling', flush=True), 1 << 50)\nprint('done')\n"
     )
     clean = {name: value for name, value in os.environ.items() if name not in KEYS}
     variables = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
@@ -101,6 +101,6 @@ def test_a_command_restarts_once_and_finds_its_compile_cache(tmp_path, cached, g
     assert done.stdout.splitlines() == ([start, "compiling", start] if cached else [start]) + ["done"]
 
 
-def test_it_does_not_restart_where_memory_suffices(tmp_path):
-    code = "CompileCache.open(True, {}).restart_if_memory_is_low(lambda: 1 / 0, 1 << 20)"
+def test_a_small_training_does_not_restart(tmp_path):
+    code = "CompileCache.open(True, {}).restart_if_large(lambda: 1 / 0, 1 << 20)"
     environment_after(code, MS_COMPILER_CACHE_PATH=str(tmp_path))
