@@ -97,7 +97,7 @@ def save(weights: Mapping, units: Mapping, base: Mapping, config: ModelConfig, o
     sizes = {name: (len(weights[name + DOWN]),) * 2 for name in units if name + DOWN in weights}
     if not sizes:
         raise ValueError(f"{options.tuned}: no weight of these targets differs from that of {options.base}")
-    texts = texts_of(config, sizes, fingerprint_of(base), {"extracted_from": options.tuned.name})
+    texts = texts_of(config, sizes, {"base": fingerprint_of(base), "extracted_from": options.tuned.name})
     alphas = {name: float(alpha) for name, (_, alpha) in sizes.items()}
     chosen = {name: units[name] for name in sizes}
     writer = LoraWriter(chosen, alphas, options.lora_format, DTYPES[options.dtype], texts)

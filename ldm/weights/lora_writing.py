@@ -112,21 +112,18 @@ def version_of(config: ModelConfig) -> str | None:
     return name if name in PREDICTIONS_OF_VERSIONS else None
 
 
-def texts_of(
-    config: ModelConfig, sizes: Mapping[str, tuple[int, float]], base: str, own: Mapping
-) -> dict[str, str]:
+def texts_of(config: ModelConfig, sizes: Mapping[str, tuple[int, float]], own: Mapping) -> dict[str, str]:
     """Metadata: what a LoRA is an addition to, for this program and in the words of kohya's and of
     Stability's modelspec, which others show.
 
     Args:
         sizes: rank and alpha of each addition.
-        base: fingerprint of the base model.
-        own: what else this program is to note.
+        own: what else this program is to note, `base` (the base model's fingerprint) above all.
     """
     ranks, alphas = ({size[place] for size in sizes.values()} for place in (0, 1))
     rank, alpha = (f"{min(values):g}" if len(values) == 1 else "Dynamic" for values in (ranks, alphas))
     version, prediction = version_of(config), config.noise_schedule.prediction_type
-    noted = {"base": base, "prediction_type": prediction, "rank": rank, "alpha": alpha} | dict(own)
+    noted = dict(own) | {"prediction_type": prediction, "rank": rank, "alpha": alpha}
     texts = {
         OWN_METADATA: json.dumps(noted),
         "ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha,
@@ -143,9 +140,9 @@ def texts_of(
 def metadata_of(
     options: TrainOptions, config: ModelConfig, sizes: Mapping[str, tuple[int, float]], base: str
 ) -> dict[str, str]:
-    """`texts_of`, and how a LoRA was trained."""
+    """`texts_of`, and how a LoRA was trained, on the base model with that fingerprint."""
     own = {
-        "instance_prompt": options.instance_prompt, "class_prompt": options.class_prompt,
+        "base": base, "instance_prompt": options.instance_prompt, "class_prompt": options.class_prompt,
         "targets": options.lora_targets, "train_text_encoder": options.train_text_encoder,
     }  # fmt: skip
     rate, size = options.start_learning_rate, options.image_size
@@ -158,7 +155,7 @@ def metadata_of(
         "ss_training_comment": f"DreamBooth: {options.instance_prompt}",
         "modelspec.resolution": f"{size}x{size}", "modelspec.trigger_phrase": options.instance_prompt,
     }  # fmt: skip
-    return texts_of(config, sizes, base, own) | _as_texts(training)
+    return texts_of(config, sizes, own) | _as_texts(training)
 
 
 def _as_texts(values: Mapping) -> dict[str, str]:

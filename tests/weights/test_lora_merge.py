@@ -3,6 +3,7 @@
 import json
 import logging
 
+import convert_lora
 import extract_lora
 import merge_lora
 import numpy as np
@@ -131,6 +132,27 @@ def test_a_difference_of_low_rank_is_found_again(given, tmp_path, capsys):
     for bad in ([*models, str(rough), config_flag], [*models, "x.ckpt"], [models[0], *models]):
         with pytest.raises(SystemExit):
             extract_lora.main(bad)
+
+
+def test_a_lora_is_written_anew(given, tmp_path):
+    """Ranks, scales and what was noted stay; in diffusers' form the scale is in B."""
+    place, config, weights, units, (many, _) = given
+    texts = {OWN_METADATA: json.dumps({"base": "known"}), "ss_seed": "7"}
+    path = written(tmp_path / "many.safetensors", units, many, metadata=texts)
+    for naming, alpha in (("kohya", 2.0), ("diffusers", 3.0)):
+        target = tmp_path / f"{naming}.safetensors"
+        convert_lora.main([str(path), str(target), f"--config={place / 'model.yaml'}", "--dtype=float32",
+                           f"--lora_format={naming}"])  # fmt: skip
+        lora = read_lora(target, units)
+        assert lora.pairs.keys() == many.keys() and {p.alpha for p in lora.pairs.values()} == {alpha}
+        for name, pair in lora.pairs.items():
+            np.testing.assert_allclose(pair.delta(), many[name].delta(), atol=1e-6)
+        assert lora.metadata["ss_seed"] == "7"
+        assert json.loads(lora.metadata[OWN_METADATA])["base"] == "known"
+    with pytest.raises(SystemExit):
+        convert_lora.main([str(path), str(target), f"--config={place / 'model.yaml'}"])
+    with pytest.raises(SystemExit):  # it fits no version of Stable Diffusion
+        convert_lora.main([str(path), str(tmp_path / "x.safetensors"), "-v2.0"])
 
 
 def test_what_it_was_trained_on_is_compared(given, caplog):
