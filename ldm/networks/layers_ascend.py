@@ -30,10 +30,10 @@ class Dense(layers.Dense):
     def __init__(self, in_channels: int, out_channels: int, has_bias: bool = True, dtype=ms.float32) -> None:
         super().__init__(in_channels, out_channels, has_bias, dtype)
         self.linear = Linear()
+        if has_bias:  # without one, Linear's gradient would transpose
+            self.apply = self.apply_linear
 
-    def apply(self, x, weight, bias=None):
-        if not self.has_bias:  # Linear's gradient would transpose
-            return layers.Dense.apply(self, x, weight, bias)
+    def apply_linear(self, x, weight, bias):
         return self.linear(x.astype(self.dtype), weight.astype(self.dtype), bias.astype(self.dtype))
 
 
