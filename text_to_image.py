@@ -69,8 +69,7 @@ def load_pipeline(options: SampleOptions, source: Source) -> Callable[..., np.nd
     from ldm.weights.lora_merge import read_loras
 
     model = build_model(source.config, fuses_attention=options.flash_attention != "off")
-    shapes = {parameter.name: parameter.shape for parameter in model.get_parameters()}
-    added = read_loras(options.loras, shapes, source.config, options.lora_rank)
+    added = read_loras(options.loras, model.parameter_shapes(), source.config, options.lora_rank)
     load_checkpoint(model, source, options.use_ema_weights, added)
     check_prediction(model, source)
     model.cast_weights()

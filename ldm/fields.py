@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 
-from ldm.config import ConfigError
+from ldm.config import ConfigError, nearest
 from ldm.versions import VERSIONS
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -65,3 +65,17 @@ def require_weights(path: Path, hint: str) -> None:
 def check_version(version: str | None) -> None:
     if version not in (None, *VERSIONS):
         raise ConfigError(f"SD_VERSION must be one of {', '.join(VERSIONS)}, got {version!r}")
+
+
+def lora_target_names(given: str) -> tuple[str, ...]:
+    """`attention+feed_forward` as names of LORA_TARGETS; before a leading + stands attention.
+
+    Raises ConfigError for another name.
+    """
+    names = tuple(name.strip() or "attention" for name in given.split("+"))
+    if unknown := sorted(set(names) - set(LORA_TARGETS)):
+        raise ConfigError(
+            f"lora_targets must be some of {', '.join(LORA_TARGETS)} with + between them, got "
+            f"{unknown[0]!r}{nearest(unknown[0], list(LORA_TARGETS))}"
+        )
+    return names

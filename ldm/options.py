@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.config import PRECISIONS, ConfigError, ModelConfig, nearest
+from ldm.config import PRECISIONS, ConfigError, ModelConfig
 from ldm.device import is_dry_run
 from ldm.fields import (
     DETERMINISTIC_HELP,
@@ -14,13 +14,13 @@ from ldm.fields import (
     FORCE_PRECISION_HELP,
     LOG_LEVELS,
     LORA_FORMATS,
-    LORA_TARGETS,
     PRECISION_HELP,
     SAMPLER_NAMES,
     SAVE_DTYPES,
     SAVE_FORMATS,
     VERSION_HELP,
     check_version,
+    lora_target_names,
     option,
     require_weights,
     run_option,
@@ -269,20 +269,11 @@ class TrainOptions:
         given = [spec.name for spec in lora if getattr(self, spec.name) != spec.default]
         if given and not self.use_lora and (given, self.lora_rank) != (["lora_rank"], 4):  # as files of 2023
             raise ConfigError(f"{given[0]} acts with LoRA only: give --use_lora=True, or leave it out")
-        if unknown := set(self.lora_target_names) - set(LORA_TARGETS):
-            raise ConfigError(
-                f"lora_targets must be some of {', '.join(LORA_TARGETS)} with + between them, got "
-                f"{min(unknown)!r}{nearest(min(unknown), list(LORA_TARGETS))}"
-            )
+        lora_target_names(self.lora_targets)
         if self.use_lora and (self.save_format != "mindspore" or self.save_dtype != "float32"):
             raise ConfigError(
                 "save_format and save_dtype are of whole models: with LoRA give --lora_format and --lora_fp16"
             )
-
-    @property
-    def lora_target_names(self) -> tuple[str, ...]:
-        """Before a leading + stands the default."""
-        return tuple(name.strip() or "attention" for name in self.lora_targets.split("+"))
 
     def _check_folders(self) -> None:
         if not Path(self.instance_data_dir).is_dir():

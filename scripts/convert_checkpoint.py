@@ -69,7 +69,7 @@ def open_whole(path: Path, options: argparse.Namespace) -> tuple[Arrays, dict[st
     opened = open_weights(path, options.variant, options.use_ema_weights)
     source = choose_config(opened, options.config, options.version)
     print(f"{source.path}: {source.known_by}")
-    shapes = {p.name: tuple(p.shape) for p in build_model(source.config).get_parameters()}
+    shapes = build_model(source.config).parameter_shapes()
     arrays = fit(source.arrays, shapes, source.config, options.use_ema_weights and source.configs is None)
     require_match(shapes, arrays, source.arrays, str(source.path))
     say_what_is_left_out(arrays, str(source.path))

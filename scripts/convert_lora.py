@@ -8,42 +8,37 @@ told by its shapes, unless --version or --config says it. Nothing that exists is
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.command_line import Ending, start_logging
-from ldm.config import ModelConfig, read_model_config
+from ldm.config import read_model_config
 from ldm.fields import LORA_FORMATS, SAVE_DTYPES
 from ldm.versions import VERSIONS, configurations
 
 
-def units_in(config: ModelConfig) -> dict:
-    from ldm.networks.latent_diffusion import build_model
-    from ldm.weights.lora_units import units_of
-
-    return units_of({p.name: tuple(p.shape) for p in build_model(config).get_parameters()}, config)
-
-
 def open_lora(source: Path, given: list[str]):
-    """The LoRA, the units of its model and that model's configuration: the first of `given` that it fits.
+    """The LoRA, and the configuration of its model: the first of `given` that it fits.
 
-    Raises the ValueError of the last one, where it fits none.
+    Raises the ValueError of the first one, where it fits none.
     """
+    from ldm.networks.latent_diffusion import build_model
     from ldm.weights.lora_files import read_lora
     from ldm.weights.lora_merge import require_same_version
+    from ldm.weights.lora_units import units_of
 
     error = None
     for name in given:
         config = read_model_config(name)
-        units = units_in(config)
         try:
-            lora = read_lora(source, units)
+            lora = read_lora(source, units_of(build_model(config).parameter_shapes(), config))
             require_same_version(lora, config)
         except ValueError as found:
             error = error or found
             continue
         print(f"{lora.path}: {len(lora.pairs)} additions of rank {lora.ranks()}, for {name}")
-        return lora, units, config
+        return lora, config
     raise error
 
 
@@ -52,26 +47,40 @@ def convert(options: argparse.Namespace) -> None:
 
     require_versions()
     from ldm.weights.lora_merge import own_metadata
-    from ldm.weights.lora_units import DOWN, UP
-    from ldm.weights.lora_writing import LoraWriter, texts_of
-    from ldm.weights.writing import DTYPES
+    from ldm.weights.lora_writing import texts_of
 
-    if options.target.suffix != ".safetensors":
-        raise ValueError(f"{options.target}: must end with .safetensors")
-    if options.target.exists():
-        raise FileExistsError(f"{options.target}: exists already; give another name or remove it")
+    require_new(options.target)
     given = [options.config] if options.config else configurations()
     given = [VERSIONS[options.version].model_config] if options.version else given
-    lora, units, config = open_lora(options.source, given)
+    lora, config = open_lora(options.source, given)
     sizes = {name: (pair.rank, pair.alpha) for name, pair in lora.pairs.items()}
-    texts = lora.metadata | texts_of(config, sizes, own_metadata(lora))
-    alphas = {name: pair.alpha for name, pair in lora.pairs.items()}
-    chosen = {name: unit for name, unit in units.items() if name in alphas}
-    weights = {name + DOWN: pair.down for name, pair in lora.pairs.items()}
-    weights |= {name + UP: pair.up for name, pair in lora.pairs.items()}
-    writer = LoraWriter(chosen, alphas, options.lora_format, DTYPES[options.dtype], texts)
-    writer.save(weights, options.target, replace=False)
+    write(lora.pairs, lora.units, lora.metadata | texts_of(config, sizes, own_metadata(lora)), options)
     print(f"{options.target}: {options.lora_format}, {options.dtype}")
+
+
+def require_new(target: Path) -> None:
+    """Raises ValueError or FileExistsError where no LoRA can be written there."""
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target}: must end with .safetensors")
+    if target.exists():
+        raise FileExistsError(f"{target}: exists already; give another name or remove it")
+
+
+def write(pairs: Mapping, units: Mapping, metadata: Mapping, options: argparse.Namespace) -> None:
+    """Write a LoRA as `add_writing_options` say."""
+    from ldm.weights.lora_writing import write_lora
+    from ldm.weights.writing import DTYPES
+
+    dtype = DTYPES[options.dtype]
+    write_lora(pairs, units, options.target, options.lora_format, dtype, metadata, replace=False)
+
+
+def add_writing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", type=Path, help="what to write: NAME.safetensors")
+    parser.add_argument("--lora_format", choices=LORA_FORMATS, default="kohya", help="names [%(default)s]")
+    parser.add_argument(
+        "--dtype", choices=SAVE_DTYPES, default="float16", help="of the numbers [%(default)s]"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,11 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path, help="a LoRA, or a folder of PEFT's")
-    parser.add_argument("target", type=Path, help="what to write: NAME.safetensors")
-    parser.add_argument("--lora_format", choices=LORA_FORMATS, default="kohya", help="names [%(default)s]")
-    parser.add_argument(
-        "--dtype", choices=SAVE_DTYPES, default="float16", help="of the numbers [%(default)s]"
-    )
+    add_writing_options(parser)
     parser.add_argument("-v", "--version", choices=tuple(VERSIONS), help="of its model [by its shapes]")
     parser.add_argument("--config", help="configuration of its model [the first that fits]")
     options = parser.parse_args(argv)

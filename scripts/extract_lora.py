@@ -9,16 +9,15 @@ addition. BASE and TUNED are of any format; they are read array by array. Nothin
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import numpy as np
 from convert_checkpoint import add_reading_options, open_whole
+from convert_lora import add_writing_options, require_new, write
 
 from ldm.command_line import Ending, progress_bar, start_logging
-from ldm.config import ModelConfig
-from ldm.fields import LORA_FORMATS, LORA_TARGETS, SAVE_DTYPES
+from ldm.fields import LORA_TARGETS, lora_target_names
 
 
 def low_rank(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -52,30 +51,38 @@ class Left:
 
 
 def extract(options: argparse.Namespace) -> None:
+    from ldm.weights.lora_merge import fingerprint_of
     from ldm.weights.lora_units import units_of
+    from ldm.weights.lora_writing import texts_of
 
+    require_new(options.target)
+    targets = lora_target_names(options.targets)
     base, shapes, source = open_whole(options.base, options)
     tuned, _, other = open_whole(options.tuned, options)
     if source.config.facts() != other.config.facts():
         raise ValueError(f"{options.tuned}: is of another version of Stable Diffusion than {options.base}")
-    units = units_of(shapes, source.config)
-    weights, left = {}, Left()
+    units = {name: unit for name, unit in units_of(shapes, source.config).items() if unit.target in targets}
+    parts: dict[str, list] = {}
+    for unit in units.values():
+        parts.setdefault(unit.weight, []).append(unit)
+    pairs, left = {}, Left()
     with progress_bar("extracting", unit="array")(len(shapes)) as bar:
         for name in shapes:
-            parts = [u for u in units.values() if u.weight == name and u.target in options.targets]
-            weights |= cut_down(base[name], tuned[name], parts, options.rank, left)
+            difference = np.asarray(tuned[name], np.float32) - np.asarray(base[name], np.float32)
+            pairs |= cut_down(difference, parts.get(name, []), options.rank, left)
             bar.update()
-    save(weights, units, base, source.config, options)
-    print(f"{options.target}: {len(weights) // 2} additions; {left.report()}")
+    if not pairs:
+        raise ValueError(f"{options.tuned}: no weight of these targets differs from that of {options.base}")
+    sizes = {name: (pair.rank, pair.alpha) for name, pair in pairs.items()}
+    own = {"base": fingerprint_of(base), "extracted_from": options.tuned.name}
+    write(pairs, units, texts_of(source.config, sizes, own), options)
+    print(f"{options.target}: {len(pairs)} additions; {left.report()}")
 
 
-def cut_down(
-    before: np.ndarray, after: np.ndarray, parts: list, rank: int, left: Left
-) -> dict[str, np.ndarray]:
-    """The additions of a weight, which may have several parts; what they leave is counted."""
-    from ldm.weights.lora_units import DOWN, UP
+def cut_down(difference: np.ndarray, parts: list, rank: int, left: Left) -> dict:
+    """The additions to a weight, which may have several parts; what they leave is counted."""
+    from ldm.weights.lora_files import Pair
 
-    difference = np.asarray(after, np.float32) - np.asarray(before, np.float32)
     if not parts or not difference.any():
         left.count(difference, None)
         return {}
@@ -84,31 +91,8 @@ def cut_down(
         matrix = part.reshape(len(part), -1)
         up, down = low_rank(matrix, min(rank, *matrix.shape))
         left.count(matrix, matrix - up @ down)
-        found |= {unit.name + UP: up, unit.name + DOWN: down}
+        found[unit.name] = Pair(down, up, float(len(down)))
     return found
-
-
-def save(weights: Mapping, units: Mapping, base: Mapping, config: ModelConfig, options) -> None:
-    from ldm.weights.lora_merge import fingerprint_of
-    from ldm.weights.lora_units import DOWN
-    from ldm.weights.lora_writing import LoraWriter, texts_of
-    from ldm.weights.writing import DTYPES
-
-    sizes = {name: (len(weights[name + DOWN]),) * 2 for name in units if name + DOWN in weights}
-    if not sizes:
-        raise ValueError(f"{options.tuned}: no weight of these targets differs from that of {options.base}")
-    texts = texts_of(config, sizes, {"base": fingerprint_of(base), "extracted_from": options.tuned.name})
-    alphas = {name: float(alpha) for name, (_, alpha) in sizes.items()}
-    chosen = {name: units[name] for name in sizes}
-    writer = LoraWriter(chosen, alphas, options.lora_format, DTYPES[options.dtype], texts)
-    writer.save(weights, options.target, replace=False)
-
-
-def targets(given: str) -> list[str]:
-    names = [name.strip() or "attention" for name in given.split("+")]
-    if unknown := sorted(set(names) - set(LORA_TARGETS)):
-        raise argparse.ArgumentTypeError(f"some of {', '.join(LORA_TARGETS)} wanted, got {unknown[0]}")
-    return names
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,16 +101,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("base", type=Path, help="the model that the other one was made of")
     parser.add_argument("tuned", type=Path, help="the fine-tuned model")
-    parser.add_argument("target", type=Path, help="what to write: NAME.safetensors")
+    add_writing_options(parser)
     parser.add_argument("--rank", type=int, default=16, help="of each addition [%(default)s]")
     parser.add_argument(
-        "--targets", type=targets, default="attention+feed_forward+projections", metavar="NAME+NAME",
+        "--targets", default="attention+feed_forward+projections", metavar="NAME+NAME",
         help=f"of {', '.join(LORA_TARGETS)} [%(default)s]",
     )  # fmt: skip
-    parser.add_argument(
-        "--dtype", choices=SAVE_DTYPES, default="float16", help="of the numbers [%(default)s]"
-    )
-    parser.add_argument("--lora_format", choices=LORA_FORMATS, default="kohya", help="names [%(default)s]")
     parser.add_argument("--config", default="auto", help="model configuration [the one that fits]")
     add_reading_options(parser)
     options = parser.parse_args(argv)
@@ -134,10 +114,6 @@ def main(argv: list[str] | None = None) -> None:
     with Ending("extract_lora.py"):
         if options.rank < 1:
             raise ValueError(f"rank must be 1 or more, got {options.rank}")
-        if options.target.suffix != ".safetensors":
-            raise ValueError(f"{options.target}: must end with .safetensors")
-        if options.target.exists():
-            raise FileExistsError(f"{options.target}: exists already; give another name or remove it")
         extract(options)
 
 

@@ -23,8 +23,7 @@ def merge(options: argparse.Namespace) -> None:
     format_to_write(options.target, options.to)
     arrays, shapes, source = open_whole(options.base, options)
     added = read_loras(options.lora, shapes, source.config)
-    whole = merged(arrays, added, shapes, source.config)
-    write(whole, source.config, options.target, options.to, options.dtype)
+    write(merged(arrays, added), source.config, options.target, options.to, options.dtype)
 
 
 def main(argv: list[str] | None = None) -> None:

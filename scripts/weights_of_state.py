@@ -46,7 +46,7 @@ def weights_of_state(options: argparse.Namespace) -> None:
         config = config_in(noted)
     else:
         config = choose_config(base, options.config).config
-    shapes = {parameter.name: tuple(parameter.shape) for parameter in build_model(config).get_parameters()}
+    shapes = build_model(config).parameter_shapes()
     rest = fit(base.arrays, shapes, config, options.base_was_averaged and base.configs is None)
     require_match(shapes, rest, base.arrays, str(base.path))
     arrays, prefix = state.arrays(), "ema." if options.use_ema_weights else ""

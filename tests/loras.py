@@ -8,12 +8,12 @@ from safetensors.numpy import save_file
 
 from ldm.networks.latent_diffusion import build_model
 from ldm.weights.lora_files import Pair
-from ldm.weights.lora_units import DOWN, UP, Unit, units_of
-from ldm.weights.lora_writing import LoraWriter
+from ldm.weights.lora_units import Unit, units_of
+from ldm.weights.lora_writing import write_lora
 
 
 def units_in(config) -> dict[str, Unit]:
-    return units_of({p.name: tuple(p.shape) for p in build_model(config).get_parameters()}, config)
+    return units_of(build_model(config).parameter_shapes(), config)
 
 
 def random_pairs(units, rank=3, alpha=2.0, targets=("attention",), strength=0.3, seed=0) -> dict[str, Pair]:
@@ -30,10 +30,7 @@ def random_pairs(units, rank=3, alpha=2.0, targets=("attention",), strength=0.3,
 
 def written(path: Path, units, pairs, naming="kohya", dtype=np.float32, metadata=None) -> Path:
     """By this program."""
-    alphas = {name: pair.alpha for name, pair in pairs.items()}
-    writer = LoraWriter({n: units[n] for n in pairs}, alphas, naming, np.dtype(dtype), metadata or {})
-    weights = {name + DOWN: pair.down for name, pair in pairs.items()}
-    writer.save(weights | {name + UP: pair.up for name, pair in pairs.items()}, path)
+    write_lora(pairs, units, path, naming, np.dtype(dtype), metadata or {})
     return path
 
 

@@ -46,6 +46,10 @@ class LatentDiffusion(nn.Cell):
         """In the order of a checkpoint."""
         return [parameter.name for parameter in self.get_parameters()]
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """By name, in the order of a checkpoint."""
+        return {parameter.name: tuple(parameter.shape) for parameter in self.get_parameters()}
+
     def cast_weights(self) -> None:
         """For inference alone: weights are cast to the compute dtype once, not in every pass."""
         for parameter in weights_of_products(self):

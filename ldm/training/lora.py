@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from ldm.config import ConfigError, ModelConfig
+from ldm.fields import lora_target_names
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.networks.lora import Size, add_lora
 from ldm.options import TrainOptions
@@ -98,11 +99,12 @@ def plan_lora(
     """
     if not options.use_lora:
         return options, None
-    units = units_of({parameter.name: parameter.shape for parameter in model.get_parameters()}, config)
+    units = units_of(model.parameter_shapes(), config)
+    targets = lora_target_names(options.lora_targets)
     wanted = {
         name
         for name, unit in units.items()
-        if unit.target in options.lora_target_names and (options.train_text_encoder or not unit.is_of_text)
+        if unit.target in targets and (options.train_text_encoder or not unit.is_of_text)
     }
     start = _read_start(options, config, units) if options.lora_ckpt_path else None
     there = {} if start is None else {name: Size(p.rank, p.alpha) for name, p in start.pairs.items()}
@@ -137,7 +139,7 @@ def _read_start(options: TrainOptions, config: ModelConfig, units: Mapping[str, 
     attention = {unit.weight for unit in of_text if unit.part is not None}
     halves = [name for name in (u.name for u in units.values() if u.weight in attention)
               if name not in lora.pairs]  # fmt: skip
-    if halves and "attention" not in options.lora_target_names:
+    if halves and "attention" not in lora_target_names(options.lora_targets):
         raise ConfigError(
             f"lora_ckpt_path {lora.path}: lacks {halves[0]} beside its neighbours: give --lora_targets with "
             f"attention"

@@ -29,8 +29,8 @@ from ldm.training.optim import AdamW, FusedAdamW, LearningRate, LossScale, Movin
 from ldm.training.progress import Progress
 from ldm.training.train_step import Apply, ApplyCollected, Check, Clear, GlobalNorm, TrainStep
 from ldm.training.trained import make_trainable, trained_networks
-from ldm.weights.arrays import is_finite
-from ldm.weights.checkpoint import as_numpy, require_values
+from ldm.weights.arrays import as_numpy, is_finite
+from ldm.weights.checkpoint import require_values
 
 COUNTERS = ("global_step", "updates_applied")  # of the trainer's state
 MOST_APART = 0.01  # of the largest value of an array: what roundings do to weights within an epoch

@@ -31,6 +31,11 @@ def cast(values: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
         return values if dtype is None else values.astype(dtype, copy=False)
 
 
+def as_numpy(array) -> np.ndarray:
+    """An array, or a tensor of MindSpore as one."""
+    return array if isinstance(array, np.ndarray) else array.asnumpy()
+
+
 def is_float(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or dtype == BFLOAT16
 

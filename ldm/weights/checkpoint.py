@@ -62,7 +62,7 @@ def load_weights(
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     try:
-        fill(parameters, merged(fitted, added, shapes, getattr(net, "config", None)), source)
+        fill(parameters, merged(fitted, added), source)
     except ValueError:
         is_whole = _differences(shapes, fitted).keys() <= {"not of this model"}
         if not is_whole and (kind := what_it_is(arrays)):
@@ -149,10 +149,6 @@ def require_values(
         wrong["with NaN or Inf"] = infinite
     if wrong:
         raise ValueError(f"{source}: {_does_not_match(wrong)}")
-
-
-def as_numpy(array: ms.Tensor | np.ndarray) -> np.ndarray:
-    return array.asnumpy() if isinstance(array, ms.Tensor) else array
 
 
 def weights_of(net: nn.Cell) -> dict[str, ms.Tensor]:

@@ -60,11 +60,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Lora:
-    """What a file holds: its additions by the names of ldm.weights.lora_units, and its texts."""
+    """What a file holds: its additions by the names of ldm.weights.lora_units, its texts, and what the
+    additions are of.
+    """
 
     path: Path
     pairs: dict[str, Pair]
     metadata: dict[str, str] = field(default_factory=dict)
+    units: dict[str, Unit] = field(default_factory=dict)
 
     def ranks(self) -> str:
         return ", ".join(map(str, sorted({pair.rank for pair in self.pairs.values()})))
@@ -92,7 +95,7 @@ def read_lora(path: Path, units: Mapping[str, Unit]) -> Lora:
         raise ValueError(f"{file}: {error}") from None
     if "lora_rank" in arrays and {pair.rank for pair in pairs.values()} != {_number(arrays, "lora_rank")}:
         raise ValueError(f"{file}: its lora_rank is not the rank of its arrays: damaged, or changed by hand")
-    return Lora(file, pairs, metadata)
+    return Lora(file, pairs, metadata, {name: units[name] for name in pairs})
 
 
 def find_lora(path: Path) -> tuple[Path, dict]:
@@ -157,10 +160,9 @@ def _parse(entry: str) -> tuple[str, str | None]:
     module = entry.removesuffix(ending).removeprefix(PEFT)
     if ".processor." in module or ending.startswith("_lora"):  # diffusers' first attention processors
         module = module.replace(".processor.", ".")
-        is_text = ".self_attn." in module
-        for old in ("q", "k", "v"):
-            module = re.sub(rf"\.to_{old}$", rf".{old}_proj" if is_text else rf".to_{old}", module)
-        module = re.sub(r"\.to_out$", ".out_proj" if is_text else ".to_out.0", module)
+        if ".self_attn." in module:
+            module = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", module)
+        module = re.sub(r"\.to_out$", ".to_out.0", module)
     return module, ENDINGS[ending]
 
 

@@ -3,14 +3,14 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ldm.config import ModelConfig
-from ldm.weights.arrays import Arrays, cast
+from ldm.weights.arrays import Arrays, Made, Renamed, as_numpy, cast
 from ldm.weights.lora_files import Lora, Pair, read_lora
 from ldm.weights.lora_units import Unit, units_of
 
@@ -95,9 +95,7 @@ def fingerprint_of(arrays: Mapping) -> str:
     """Of a base model, by official names: the same in float32 and float16, in every format."""
     digest = hashlib.sha256()
     for name in FINGERPRINT:
-        values = arrays[name]
-        values = values if isinstance(values, np.ndarray) else values.asnumpy()
-        digest.update(np.ascontiguousarray(cast(values, np.dtype(np.float16))).tobytes())
+        digest.update(np.ascontiguousarray(cast(as_numpy(arrays[name]), np.dtype(np.float16))).tobytes())
     return digest.hexdigest()
 
 
@@ -111,35 +109,30 @@ def say_if_of_another_base(added: Sequence[Added], arrays: Mapping) -> None:
             logger.info("%s: was trained on another base model of the same version", lora.path)
 
 
-def merged(
-    arrays: Arrays, added: Sequence[Added], shapes: Mapping[str, tuple[int, ...]], config: ModelConfig
-) -> Arrays:
+def merged(arrays: Arrays, added: Sequence[Added]) -> Arrays:
     """A model's arrays by official names, with LoRA files merged into them."""
     if not added:
         return arrays
     say_if_of_another_base(added, arrays)
-    return Merged(arrays, added, units_of(shapes, config))
+    return Merged(arrays, added)
 
 
-class Merged(Arrays):
+class Merged(Renamed):
     """A model's arrays by official names, with additions; those that get one are float32."""
 
-    def __init__(self, arrays: Arrays, added: Sequence[Added], units: Mapping[str, Unit]) -> None:
-        self._arrays = arrays
+    def __init__(self, arrays: Arrays, added: Sequence[Added]) -> None:
+        super().__init__(arrays, {name: Made([name], arrays.shape(name)) for name in arrays})
         self._added: dict[str, list[tuple[Unit, Pair, float]]] = {}
         for lora, weight in added:
             for name, pair in lora.pairs.items():
-                unit = units[name]
+                unit = lora.units[name]
                 self._added.setdefault(unit.weight, []).append((unit, pair, weight))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._arrays.shape(name)
-
     def dtype(self, name: str) -> np.dtype:
-        return np.dtype(np.float32) if name in self._added else self._arrays.dtype(name)
+        return np.dtype(np.float32) if name in self._added else super().dtype(name)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        values = self._arrays[name]
+        values = super().__getitem__(name)
         if name not in self._added:
             return values
         values = values.astype(np.float32)
@@ -148,9 +141,3 @@ class Merged(Arrays):
             own = rows if unit.part is None else np.split(rows, 3)[unit.part]
             own += np.float32(weight) * pair.delta()
         return values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)

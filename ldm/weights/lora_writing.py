@@ -12,8 +12,7 @@ import numpy as np
 
 from ldm.config import ModelConfig
 from ldm.options import TrainOptions
-from ldm.weights.arrays import ArraysInMemory, cast, is_finite
-from ldm.weights.checkpoint import as_numpy
+from ldm.weights.arrays import ArraysInMemory, as_numpy, cast, is_finite
 from ldm.weights.lora_files import Pair
 from ldm.weights.lora_merge import OWN_METADATA, PREDICTIONS_OF_VERSIONS
 from ldm.weights.lora_units import DOWN, UP, Unit
@@ -29,14 +28,11 @@ WIDTHS = {768: "sd_v1", 1024: "sd_v2"}  # of the text features, in models of ful
 
 @dataclass(frozen=True)
 class LoraWriter:
-    """Writes the additions of a model.
+    """Writes the additions that a training has.
 
     Args:
-        units: those that there are, by name.
-        alphas: of each.
-        naming: one of ldm.fields.LORA_FORMATS.
-        dtype: of the arrays in the file.
-        metadata: texts, of `metadata_of`.
+        alphas: of each, by name.
+        others: of `write_lora`.
     """
 
     units: Mapping[str, Unit]
@@ -45,48 +41,65 @@ class LoraWriter:
     dtype: np.dtype
     metadata: Mapping[str, str]
 
-    def save(self, weights: Mapping, path: Path, record: bool = False, replace: bool = True) -> str:
-        """Write additions: by the names of their layers, with `.lora_down.weight` and `.lora_up.weight`.
+    def save(self, weights: Mapping, path: Path, record: bool = False) -> str:
+        """Write weights by the names of their layers, with `.lora_down.weight` and `.lora_up.weight`.
 
-        The file appears whole or not at all.
-
-        Returns:
-            The SHA-256 of the file.
-
-        Raises:
-            OverflowError: a value is too large for the dtype.
-            FileExistsError: the file is there, and is not to be replaced.
+        Returns the SHA-256 of the file. Raises as `write_lora` does.
         """
         pairs = {
-            name: Pair(as_numpy(weights[name + DOWN]), as_numpy(weights[name + UP]), self.alphas[name])
-            for name in self.units
+            name: Pair(as_numpy(weights[name + DOWN]), as_numpy(weights[name + UP]), alpha)
+            for name, alpha in self.alphas.items()
         }
-        arrays = self._named(pairs)
-        for name, values in arrays.items():
-            if not is_finite(values):
-                raise OverflowError(f"{name} has values too large for {self.dtype}: give --lora_fp16=False")
-        titles = {"ss_output_name": path.stem, "modelspec.title": path.stem}
-        metadata = METADATA | dict(self.metadata) | titles
-        metadata |= _hashes(arrays, metadata)
-        return save_weights(arrays, path, record, to="safetensors", replace=replace, metadata=metadata)
+        return write_lora(pairs, self.units, path, self.naming, self.dtype, self.metadata, record=record)
 
-    def _named(self, pairs: Mapping[str, Pair]) -> dict[str, np.ndarray]:
-        """In the dtype and order of the file, which is the order of the safetensors library."""
-        found = {}
-        for name, pair in pairs.items():
-            unit = self.units[name]
-            down_shape, up_shape = unit.shapes(pair.rank)
-            up = pair.up
-            if self.naming == "kohya":
-                names = [f"{unit.kohya}{ending}" for ending in (DOWN, UP)]
-                found[f"{unit.kohya}.alpha"] = np.array(pair.alpha)
-            else:
-                # there is no alpha that all readers of this form see: it goes into B
-                up = up if pair.alpha == pair.rank else up * np.float32(pair.alpha / pair.rank)
-                lora = "lora_linear_layer" if unit.is_of_text else "lora"
-                names = [f"{unit.diffusers}.{lora}.{way}.weight" for way in ("down", "up")]
-            found |= dict(zip(names, (pair.down.reshape(down_shape), up.reshape(up_shape))))
-        return {name: cast(np.asarray(found[name]), self.dtype) for name in sorted(found)}
+
+def write_lora(  # noqa: PLR0913
+    pairs: Mapping[str, Pair], units: Mapping[str, Unit], path: Path, naming: str, dtype: np.dtype,
+    metadata: Mapping[str, str], *, record: bool = False, replace: bool = True,
+) -> str:  # fmt: skip
+    """Write a LoRA; the file appears whole or not at all.
+
+    Args:
+        units: what the additions are of, by their names.
+        naming: one of ldm.fields.LORA_FORMATS.
+        dtype: of the arrays in the file.
+        metadata: texts, of `texts_of` or `metadata_of`.
+        record, replace: as for ldm.weights.writing.save_weights.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        OverflowError: a value is too large for the dtype.
+        FileExistsError: the file is there, and is not to be replaced.
+    """
+    arrays = _named(pairs, units, naming, dtype)
+    for name, values in arrays.items():
+        if not is_finite(values):
+            raise OverflowError(f"{name} has values too large for {dtype}: give --lora_fp16=False")
+    texts = METADATA | dict(metadata) | {"ss_output_name": path.stem, "modelspec.title": path.stem}
+    texts |= _hashes(arrays, texts)
+    return save_weights(arrays, path, record, to="safetensors", replace=replace, metadata=texts)
+
+
+def _named(
+    pairs: Mapping[str, Pair], units: Mapping[str, Unit], naming: str, dtype: np.dtype
+) -> dict[str, np.ndarray]:
+    """In the dtype and order of the file, which is the order of the safetensors library."""
+    found = {}
+    for name, pair in pairs.items():
+        unit, up = units[name], pair.up
+        down_shape, up_shape = unit.shapes(pair.rank)
+        if naming == "kohya":
+            names = [f"{unit.kohya}{ending}" for ending in (DOWN, UP)]
+            found[f"{unit.kohya}.alpha"] = np.array(pair.alpha)
+        else:
+            # there is no alpha that all readers of this form see: it goes into B
+            up = up if pair.alpha == pair.rank else up * np.float32(pair.alpha / pair.rank)
+            lora = "lora_linear_layer" if unit.is_of_text else "lora"
+            names = [f"{unit.diffusers}.{lora}.{way}.weight" for way in ("down", "up")]
+        found |= dict(zip(names, (pair.down.reshape(down_shape), up.reshape(up_shape))))
+    return {name: cast(np.asarray(found[name]), dtype) for name in sorted(found)}
 
 
 def _hashes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, str]:

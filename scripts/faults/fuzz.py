@@ -169,7 +169,7 @@ def units():
     from ldm.weights.lora_units import units_of
 
     config = read_model_config(CONFIG)
-    return units_of({p.name: tuple(p.shape) for p in build_model(config).get_parameters()}, config)
+    return units_of(build_model(config).parameter_shapes(), config)
 
 
 def make_lora(path: Path) -> None:

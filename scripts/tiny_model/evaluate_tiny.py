@@ -111,8 +111,8 @@ class Drawer:
         if checkpoint == self.loaded:
             return
         if is_lora(read_file(checkpoint)):
-            shapes = {parameter.name: parameter.shape for parameter in self.model.get_parameters()}
-            load_checkpoint(self.model, BASE, added=read_loras([str(checkpoint)], shapes, self.config))
+            added = read_loras([str(checkpoint)], self.model.parameter_shapes(), self.config)
+            load_checkpoint(self.model, BASE, added=added)
         else:
             load_checkpoint(self.model, checkpoint)
         self.loaded = checkpoint
@@ -291,7 +291,7 @@ class Evaluation:
                     f"training {name} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}"
                 )
             done.touch()
-        found = [path for path in folder.glob("dreambooth_*_epoch_*" if is_lora else "dreambooth_epoch_*")]
+        found = folder.glob("dreambooth_lora_epoch_*" if is_lora else "dreambooth_epoch_*")
         return max(found, key=lambda path: int(path.stem.split("_")[-1]))
 
     def run(self, subject: str, seed: int, base: dict, changes: dict, is_lora: bool) -> dict[str, float]:
@@ -360,11 +360,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, list[dict]]:
     show("Judge and base model", tables["figures"])
     for name, changes in settings_of(options).items():
         every = name in ("figures", "without the prior loss", "LoRA")
-        if options.lora:
-            pairs = [(subject, seeds[0]) for subject in (subjects if every else subjects[:1])]
-        else:
-            pairs = [(s, seed) for seed in (seeds if every else seeds[:1])
-                     for s in (subjects if every else subjects[:1])]  # fmt: skip
+        used_subjects = subjects if every else subjects[:1]
+        used_seeds = seeds if every and not options.lora else seeds[:1]
+        pairs = [(subject, seed) for seed in used_seeds for subject in used_subjects]
         results = [
             evaluation.run(subject, seed, bases[subject], changes, options.lora) for subject, seed in pairs
         ]

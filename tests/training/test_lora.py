@@ -14,12 +14,9 @@ from torch_training import torch_training
 from trainings import OPTIONS, make_samples, make_trainer
 
 from ldm.config import ConfigError
-from ldm.networks import layer_set
-from ldm.training import train_step as train_step_module
-from ldm.training import trainer as trainer_module
 from ldm.training.lora import plan_lora
 from ldm.training.trained import make_trainable
-from ldm.weights.checkpoint import as_numpy
+from ldm.weights.arrays import as_numpy
 from ldm.weights.lora_units import DOWN, UP
 
 STEPS = 20
@@ -100,13 +97,6 @@ def test_twenty_updates_equal_peft(tmp_path, config, changes):
     print(f"largest relative loss difference {loss_error:.2e}, change of A and B {weight_error:.2e}")
     assert loss_error <= 1e-4
     assert weight_error <= 1e-3
-
-
-@pytest.fixture
-def accelerator(monkeypatch) -> None:
-    """The layers and joined masters of the first Ascend 910; a CPU has no kernels of newer ones."""
-    for module in (layer_set, train_step_module, trainer_module):
-        monkeypatch.setattr(module, "is_on_cpu", lambda: False)
 
 
 def test_twenty_updates_of_an_accelerator_equal_peft(tmp_path, accelerator):

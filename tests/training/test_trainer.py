@@ -9,8 +9,6 @@ from conftest import SHALLOW, V1, in_half, random_model, torch_networks, weights
 from torch_training import torch_training
 from trainings import OPTIONS, make_samples, make_trainer, progress_of
 
-from ldm.networks import layer_set
-from ldm.training import train_step as train_step_module
 from ldm.training import trained as trained_module
 from ldm.training import trainer as trainer_module
 from ldm.training.trained import count_values, settle_recompute
@@ -77,15 +75,6 @@ def test_twenty_steps_equal_pytorch(tmp_path, config, changes):
     )
     assert loss_error <= 1e-4
     assert weight_error <= 1e-3
-
-
-@pytest.fixture
-def accelerator(monkeypatch) -> None:
-    """The layers and the joined float32 masters of an accelerator; of the first Ascend 910, for a CPU has no
-    kernels of newer ones.
-    """
-    for module in (layer_set, train_step_module, trainer_module):
-        monkeypatch.setattr(module, "is_on_cpu", lambda: False)
 
 
 def test_twenty_steps_of_an_accelerator_equal_pytorch(tmp_path, accelerator):
