@@ -83,7 +83,7 @@ def plan(options: TrainOptions, source: Source, folder: RunFolder, ranks: Ranks)
     say_what_is_new(options.warmup_steps, dropout)
     values = count_values(model, options.train_text_encoder, lora)
     folder.warn_if_disk_is_too_small(values, progress.checkpoints_to_come(start.global_step), start)
-    recompute = settle_recompute(options.recompute, values.bytes_needed, dropout)
+    recompute = settle_recompute(options.recompute, values.bytes_needed, dropout, options.use_lora)
     return Plan(replace(options, recompute=recompute), source, start, images, progress, origin, model, lora)
 
 

@@ -6,6 +6,8 @@ import gc
 import os
 from pathlib import Path
 
+LARGE = 8 << 30  # bytes: a training that needs so much is one of a full-size model
+
 
 def release_memory() -> None:
     """Give the memory of unused objects back to the system."""

@@ -137,7 +137,8 @@ class TrainOptions:
     )
     recompute: bool | None = option(
         None, "training",
-        "gradient checkpointing: compute feed-forward layers twice to use less memory [if memory is low]",
+        "gradient checkpointing: compute feed-forward layers twice to use less memory [on a CPU where memory "
+        "is low, and with LoRA on a full-size model]",
         changes_result=False,
     )  # fmt: skip
     use_ema: bool = option(

@@ -65,25 +65,25 @@ class MatmulConv(nn.Cell):
         self.row_sum = RowSum()
 
     def by_sample(self, weight, batch, places):
-        """Whether the weight is too large to be copied for each sample, which BatchMatMul needs."""
-        return batch == 1 or (self.channels > places and not is_small(weight))
+        """Whether a copy of the weight for each sample, which BatchMatMul needs, costs more than cutting the
+        batch into samples.
+        """
+        channels = weight.shape[1] // 9
+        return batch == 1 or weight.size > places * (channels + self.channels) and not is_small(weight)
 
     def for_each(self, weight, batch):
         return ops.broadcast_to(weight.reshape((1,) + weight.shape), (batch,) + weight.shape)
 
-    def times(self, weight, columns):
-        """(C_out, 9 C) times (B, 9 C, places)."""
-        batch = columns.shape[0]
-        if batch == 1:
-            return self.matmul(weight, columns.reshape(columns.shape[1:])).reshape(1, self.channels, -1)
-        if not self.by_sample(weight, batch, columns.shape[2]):
-            return self.batched(self.for_each(weight, batch), columns)
+    def times_unfolded(self, weight, x, unfold):
+        """(C_out, 9 C) times the unfolded x: (B, C_out, places)."""
+        batch = x.shape[0]
+        if not self.by_sample(weight, batch, x.shape[2] * x.shape[3] // self.stride**2):
+            return self.batched(self.for_each(weight, batch), unfold(x).reshape(batch, weight.shape[1], -1))
         outputs = ()
-        for part in ops.Split(0, batch)(columns):
-            outputs = outputs + (
-                self.matmul(weight, part.reshape(columns.shape[1:])).reshape(1, self.channels, -1),
-            )
-        return self.join(outputs)
+        for part in ops.Split(0, batch)(x) if batch > 1 else (x,):
+            y = self.matmul(weight, unfold(part).reshape(weight.shape[1], -1))
+            outputs = outputs + (y.reshape(1, self.channels, -1),)
+        return self.join(outputs) if batch > 1 else outputs[0]
 
     def construct(self, x, weight):
         batch, channels, height, width = x.shape
@@ -97,8 +97,8 @@ class MatmulConv(nn.Cell):
         ):
             bands = 2 * bands
         if bands == 1:
-            columns = self.unfold_padded(x).reshape(batch, 9 * channels, -1)
-            return self.times(flat, columns).reshape(batch, self.channels, out_height, out_width)
+            y = self.times_unfolded(flat, x, self.unfold_padded)
+            return y.reshape(batch, self.channels, out_height, out_width)
         x = pad_zeros(x, 2, self.padding, self.padding)
         rows = out_height // bands
         outputs = ()
@@ -107,7 +107,7 @@ class MatmulConv(nn.Cell):
             if outputs:  # one band after the other: MindSpore would unfold them all at first
                 x = ops.depend(x, outputs[-1])
             band = x[:, :, start : start + (rows - 1) * self.stride + 3]
-            y = self.times(flat, self.unfold_band(band).reshape(batch, 9 * channels, -1))
+            y = self.times_unfolded(flat, band, self.unfold_band)
             outputs = outputs + (y.reshape(batch, self.channels, rows, out_width),)
         return self.join_rows(outputs)
 
@@ -118,7 +118,7 @@ class MatmulConv(nn.Cell):
         x, flat = ops.depend(x, dout), ops.depend(weight, dout).reshape(self.channels, -1)
         dout = dout.reshape(batch, self.channels, -1)
         size = Tensor([height, width], ms.int32)
-        if not self.by_sample(weight, batch, dout.shape[2]):
+        if not self.by_sample(flat, batch, dout.shape[2]):
             columns = self.unfold_padded(x).reshape(batch, 9 * channels, -1)
             d_weight = self.row_sum(self.batched_b(dout, columns).reshape(batch, -1))
             d_columns = self.batched_a(self.for_each(flat, batch), dout)

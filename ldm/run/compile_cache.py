@@ -13,10 +13,9 @@ from typing import IO
 
 from ldm import files
 from ldm.device import is_dry_run, soc
-from ldm.memory import memory_is_low
+from ldm.memory import LARGE, memory_is_low
 
 COMPLETE = "complete"  # the file that says that a folder of compiled graphs is whole
-LARGE = 8 << 30  # bytes
 RESTARTED = "DREAMBOOTH_STARTED_AGAIN"
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from mindspore import Parameter, nn
 
 from ldm.device import is_on_cpu
-from ldm.memory import memory_is_low, training_bytes
+from ldm.memory import LARGE, memory_is_low, training_bytes
 from ldm.networks.attention import BasicTransformerBlock
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.networks.layers import set_dtype, weights_of_products
@@ -36,8 +36,11 @@ def count_values(model: LatentDiffusion, train_text_encoder: bool, lora: LoraPla
     return Values(whole, trained, training_bytes(own, trained))
 
 
-def settle_recompute(recompute: bool | None, bytes_needed: int, dropout: float) -> bool:
-    """Whether feed-forward layers are computed twice; left open (None), on a CPU where memory is low.
+def settle_recompute(
+    recompute: bool | None, bytes_needed: int, dropout: float, has_lora: bool = False
+) -> bool:
+    """Whether feed-forward layers are computed twice; left open (None), on a CPU where memory is low, and
+    with LoRA, which is there to save it, for every large model.
 
     Raises:
         ValueError: it is asked for with dropout, which would drop other values the second time.
@@ -48,10 +51,12 @@ def settle_recompute(recompute: bool | None, bytes_needed: int, dropout: float) 
         )
     if recompute is not None:
         return recompute
-    is_on = is_on_cpu() and not dropout and memory_is_low(bytes_needed)
+    saves = memory_is_low(bytes_needed) or has_lora and bytes_needed >= LARGE
+    is_on = is_on_cpu() and not dropout and saves
     if is_on:
         logger.info(
-            "low memory: feed-forward layers are computed twice (--recompute), for about 5% of a step's time"
+            "to save memory, feed-forward layers are computed twice (--recompute), for about 5% of a step's "
+            "time"
         )
     return is_on
 

@@ -15,7 +15,7 @@ from mindspore import Parameter, ParameterTuple, Tensor
 
 from ldm.config import ModelConfig
 from ldm.device import has_newer_kernels, is_dry_run, is_on_cpu
-from ldm.memory import training_bytes
+from ldm.memory import release_memory, training_bytes
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.networks.layers import weights_of_products
 from ldm.options import TrainOptions
@@ -30,7 +30,7 @@ from ldm.training.progress import Progress
 from ldm.training.train_step import Apply, ApplyCollected, Check, Clear, GlobalNorm, TrainStep
 from ldm.training.trained import make_trainable, trained_networks
 from ldm.weights.arrays import as_numpy, is_finite
-from ldm.weights.checkpoint import require_values
+from ldm.weights.checkpoint import blank_values, require_values
 
 COUNTERS = ("global_step", "updates_applied")  # of the trainer's state
 MOST_APART = 0.01  # of the largest value of an array: what roundings do to weights within an epoch
@@ -145,7 +145,9 @@ class Trainer:
         self.mends_last_bits = not is_on_cpu()
 
     def compile(self) -> None:
-        """Compile the step's graphs without running them: into the compile cache, where that is on."""
+        """Compile the step's graphs into the compile cache. The weights go, to make room for that."""
+        blank_values(self.step)
+        release_memory()
         zero = Tensor(0.0, ms.float32)
         batch = next(self.inputs.batches(self.options.train_batch_size, 1))
         scalars = [zero, *self.optimizer.scalars(1, 0.0)]

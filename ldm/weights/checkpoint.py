@@ -181,3 +181,14 @@ def drop_values(net: nn.Cell) -> None:
         # MindSpore holds on to the parameters of the cell that it compiled last: dropping the cell alone
         # frees nothing.
         parameter.set_data(ms.Tensor([0], parameter.dtype), slice_shape=True)
+
+
+def blank_values(net: nn.Cell) -> None:
+    """Take the values of `net` out of memory; what is left can be compiled.
+
+    Memory that NumPy has asked for, and nobody has touched, takes no room.
+    """
+    for parameter in net.get_parameters():
+        if parameter.dtype != ms.bfloat16:  # which NumPy does not have
+            zeros = np.zeros(parameter.shape, ms.dtype_to_nptype(parameter.dtype))
+            parameter.set_data(ms.Tensor.from_numpy(zeros))

@@ -62,7 +62,7 @@ from ldm.config import (
 from ldm.tokenizer import Tokenizer
 from ldm.weights.diffusers_folder import diffusers_configs
 
-LORA_RANK = 16
+LORA = dict(train_text_encoder=True, lora_rank=16)
 PROMPTS = ("a photo of sks dog", "a photo of a dog", "")  # of the instance, of the class, negative
 
 
@@ -196,13 +196,12 @@ class Runs:
 
     def lora(self) -> dict[str, list[dict]]:
         """Of LoRA on both sides, and under `full` of this project's own full fine-tuning."""
-        ours = dict(task="train", train_text_encoder=True)
         results = {"ours": [], "peer": [], "full": []}
         for turn in range(self.rounds):
-            results["full"].append(self.job("ours", turn, **ours))
-            results["ours"].append(self.job("ours", turn, **ours, lora_rank=LORA_RANK))
+            results["full"].append(self.job("ours", turn, task="train", train_text_encoder=True))
+            results["ours"].append(self.job("ours", turn, task="train", **LORA))
             results["peer"].append(
-                self.job("peer", turn, **ours, lora_rank=LORA_RANK, channels_last=self.channels_last)
+                self.job("peer", turn, task="train", **LORA, channels_last=self.channels_last)
             )
         return results
 

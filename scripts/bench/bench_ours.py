@@ -78,7 +78,8 @@ def training(job, model, config, graphs):
     )  # fmt: skip
     options, lora = plan_lora(options, config, model)
     values = count_values(model, options.train_text_encoder, lora)
-    options = replace(options, recompute=settle_recompute(None, values.bytes_needed, config.unet.dropout))
+    recompute = settle_recompute(None, values.bytes_needed, config.unet.dropout, options.use_lora)
+    options = replace(options, recompute=recompute)
     latent_channels, side = config.autoencoder.latent_channels, size // config.autoencoder.downsampling
     shape = (2 * batch, latent_channels, side, side)
     rng = np.random.default_rng(0)

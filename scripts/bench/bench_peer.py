@@ -115,7 +115,8 @@ class Training:
         ):
             network.requires_grad_(False)
             config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
-            if network is self.unet or self.trains_text:
+            is_new = not getattr(network, "peft_config", None)  # a probe of the layout leaves its own
+            if is_new and (network is self.unet or self.trains_text):
                 network.add_adapter(config)
 
     def backward(self) -> None:

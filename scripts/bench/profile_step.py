@@ -76,12 +76,16 @@ def main() -> None:
         "--shapes", action="store_true", help="tell apart operators of one kind by the shapes of their inputs"
     )
     parser.add_argument("--rows", type=int, default=30, help="rows of a table [%(default)s]")
+    parser.add_argument(
+        "--lora", action="store_true", help="bench.py's `lora` instead: rank 16, with the text encoder"
+    )
     parser.add_argument("--json", type=Path, help="write everything to this file, operator by operator")
     options = parser.parse_args()
     preset, results = bench.presets()[options.preset], {}
+    work = bench.LORA if options.lora else {}
     with tempfile.TemporaryDirectory() as cache:
         for side in ("ours", "peer") if options.side == "both" else (options.side,):
-            result = bench.run_job(side, preset, Path(cache), task="profile", steps=options.steps)
+            result = bench.run_job(side, preset, Path(cache), task="profile", steps=options.steps, **work)
             if "error" in result:
                 print(f"{side}: {result['error']}")
                 continue

@@ -191,5 +191,7 @@ def test_recompute_is_decided_once_and_never_with_dropout(monkeypatch):
         monkeypatch.setattr(trained_module, "memory_is_low", lambda size, low=low: low)
         assert [settle_recompute(given, 10, 0.0) for given in (True, False, None)] == [True, False, low]
         assert settle_recompute(None, 10, 0.1) is False
+    monkeypatch.setattr(trained_module, "memory_is_low", lambda size: False)
+    assert [settle_recompute(None, size, 0.0, has_lora=True) for size in (10, 10 << 30)] == [False, True]
     with pytest.raises(ValueError, match="recompute does not work with dropout"):
         settle_recompute(True, 10, 0.1)
