@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.command_line import Ending, start_logging
-from ldm.config import read_model_config
+from ldm.config import ModelConfig, read_model_config
 from ldm.fields import LORA_FORMATS, SAVE_DTYPES
 from ldm.versions import VERSIONS, configurations
 
@@ -47,14 +47,12 @@ def convert(options: argparse.Namespace) -> None:
 
     require_versions()
     from ldm.weights.lora_merge import own_metadata
-    from ldm.weights.lora_writing import texts_of
 
     require_new(options.target)
     given = [options.config] if options.config else configurations()
     given = [VERSIONS[options.version].model_config] if options.version else given
     lora, config = open_lora(options.source, given)
-    sizes = {name: (pair.rank, pair.alpha) for name, pair in lora.pairs.items()}
-    write(lora.pairs, lora.units, lora.metadata | texts_of(config, sizes, own_metadata(lora)), options)
+    write(lora, config, own_metadata(lora), options)
     print(f"{options.target}: {options.lora_format}, {options.dtype}")
 
 
@@ -66,13 +64,16 @@ def require_new(target: Path) -> None:
         raise FileExistsError(f"{target}: exists already; give another name or remove it")
 
 
-def write(pairs: Mapping, units: Mapping, metadata: Mapping, options: argparse.Namespace) -> None:
-    """Write a LoRA as `add_writing_options` say."""
-    from ldm.weights.lora_writing import write_lora
+def write(lora, config: ModelConfig, own: Mapping, options: argparse.Namespace) -> None:
+    """Write a LoRA as `add_writing_options` say, with its own texts and those of `texts_of`."""
+    from ldm.weights.lora_writing import texts_of, write_lora
     from ldm.weights.writing import DTYPES
 
-    dtype = DTYPES[options.dtype]
-    write_lora(pairs, units, options.target, options.lora_format, dtype, metadata, replace=False)
+    sizes = {name: (pair.rank, pair.alpha) for name, pair in lora.pairs.items()}
+    write_lora(
+        lora.pairs, lora.units, options.target, options.lora_format, DTYPES[options.dtype],
+        lora.metadata | texts_of(config, sizes, own), replace=False,
+    )  # fmt: skip
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:

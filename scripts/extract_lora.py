@@ -51,9 +51,9 @@ class Left:
 
 
 def extract(options: argparse.Namespace) -> None:
+    from ldm.weights.lora_files import Lora
     from ldm.weights.lora_merge import fingerprint_of
     from ldm.weights.lora_units import units_of
-    from ldm.weights.lora_writing import texts_of
 
     require_new(options.target)
     targets = lora_target_names(options.targets)
@@ -73,9 +73,8 @@ def extract(options: argparse.Namespace) -> None:
             bar.update()
     if not pairs:
         raise ValueError(f"{options.tuned}: no weight of these targets differs from that of {options.base}")
-    sizes = {name: (pair.rank, pair.alpha) for name, pair in pairs.items()}
     own = {"base": fingerprint_of(base), "extracted_from": options.tuned.name}
-    write(pairs, units, texts_of(source.config, sizes, own), options)
+    write(Lora(options.target, pairs, units=units), source.config, own, options)
     print(f"{options.target}: {len(pairs)} additions; {left.report()}")
 
 

@@ -69,7 +69,8 @@ class MatmulConv(nn.Cell):
         batch into samples.
         """
         channels = weight.shape[1] // 9
-        return batch == 1 or weight.size > places * (channels + self.channels) and not is_small(weight)
+        is_dear = weight.size > places * (channels + self.channels) and not is_small(weight)
+        return batch == 1 or is_dear
 
     def for_each(self, weight, batch):
         return ops.broadcast_to(weight.reshape((1,) + weight.shape), (batch,) + weight.shape)

@@ -189,6 +189,4 @@ def blank_values(net: nn.Cell) -> None:
     Memory that NumPy has asked for, and nobody has touched, takes no room.
     """
     for parameter in net.get_parameters():
-        if parameter.dtype != ms.bfloat16:  # which NumPy does not have
-            zeros = np.zeros(parameter.shape, ms.dtype_to_nptype(parameter.dtype))
-            parameter.set_data(ms.Tensor.from_numpy(zeros))
+        parameter.set_data(ms.Tensor.from_numpy(np.zeros(parameter.shape, parameter.asnumpy().dtype)))

@@ -115,8 +115,7 @@ class Training:
         ):
             network.requires_grad_(False)
             config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
-            is_new = not getattr(network, "peft_config", None)  # a probe of the layout leaves its own
-            if is_new and (network is self.unet or self.trains_text):
+            if network is self.unet or self.trains_text:
                 network.add_adapter(config)
 
     def backward(self) -> None:
@@ -236,20 +235,20 @@ def main() -> None:
     task = job["task"]
     networks = Networks(job["diffusers"])
     result = {}
-    if job["channels_last"] is None:
-        probe = (
-            Training(job, networks).forward_backward
-            if task in TRAINING
-            else getattr(Drawing(job, networks), PROBES[task])
-        )
-        result |= networks.use_faster_layout(probe)
-    else:
+    if job["channels_last"] is not None:
         networks.use_layout(job["channels_last"])
+    start = time.perf_counter()
+    if task in TRAINING:
+        training = Training(job, networks)
+        probe, work = training.forward_backward, training.step
+    else:
+        drawing = Drawing(job, networks)
+        probe, work = getattr(drawing, PROBES[task]), getattr(drawing, task)
+    making = time.perf_counter() - start
+    if job["channels_last"] is None:
+        result |= networks.use_faster_layout(probe)
     if task != "layout":
-        start = time.perf_counter()
-        work = Training(job, networks).step if task in TRAINING else getattr(Drawing(job, networks), task)
-        work()
-        result["first"] = time.perf_counter() - start
+        result["first"] = making + timed(work, 1)[0]
     if task == "memory":
         resident = {}
         for done in range(2, job["memory_steps"][1] + 1):

@@ -3,11 +3,11 @@ import hashlib
 import mindspore as ms
 import numpy as np
 import pytest
-from conftest import SHALLOW, random_model, read_checkpoint, weights_as_arrays
+from conftest import SHALLOW, in_half, random_model, read_checkpoint, weights_as_arrays
 from safetensors.numpy import save_file
 
 from ldm.networks.latent_diffusion import build_model
-from ldm.weights.checkpoint import load_weights, weights_of
+from ldm.weights.checkpoint import blank_values, load_weights, weights_of
 from ldm.weights.writing import save_weights
 
 
@@ -119,3 +119,14 @@ def test_a_recorded_checksum_is_compared(tmp_path, weights):
         read_checkpoint(path)
     (tmp_path / "checkpoints.sha256").unlink()
     read_checkpoint(path)
+
+
+def test_values_that_are_blanked_leave_shapes_and_dtypes():
+    model = random_model(in_half(SHALLOW))
+    before = weights_as_arrays(model)
+    blank_values(model)
+    after = weights_as_arrays(model)
+    assert {n: (v.shape, v.dtype) for n, v in after.items()} == {
+        n: (v.shape, v.dtype) for n, v in before.items()
+    }
+    assert any(value.any() for value in before.values()) and not any(value.any() for value in after.values())
