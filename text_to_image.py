@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from ldm import images
-from ldm.command_line import Ending, parse_options, progress_bar, start_logging
+from ldm.command_line import Ending, Pace, parse_options, progress_bar, start_logging
 from ldm.config import ConfigError
 from ldm.device import log_device
 from ldm.run.compile_cache import CompileCache
 from ldm.sample_options import SampleOptions
+from ldm.text_files import read_lines
 from ldm.weights.choice import open_model, put_on_device
 from ldm.weights.source import Source
 
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         config = source.config
         options = replace(options, H=options.H or config.image_size, W=options.W or config.image_size)
         config.check_size(H=options.H, W=options.W)
+        config.check_steps(options.sampling_steps)
         prompts = read_prompts(options)
         # imports mindspore, which a typing error need not wait for
         options, source = put_on_device(options, source)
@@ -45,20 +47,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_prompts(options: SampleOptions) -> list[tuple[str, str]]:
-    """(prompt, negative prompt) pairs from the flags or the files. Raises ConfigError."""
+    """(prompt, negative prompt) pairs from the flags or the files, line n with line n; a line without a
+    prompt is left out. Raises ValueError.
+    """
     prompts, negatives = [options.prompt], [options.negative_prompt]
     if options.data_path:
-        lines = Path(options.data_path).read_text(encoding="utf-8").splitlines()
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
+        prompts = read_lines(Path(options.data_path))
+        if not any(prompts):
             raise ConfigError(f"data_path {options.data_path} must hold one prompt per line, got none")
+        while not prompts[-1]:
+            prompts.pop()
     if options.negative_data_path:
-        lines = Path(options.negative_data_path).read_text(encoding="utf-8").splitlines()
-        negatives = [line.strip() for line in lines]
+        negatives = read_lines(Path(options.negative_data_path))
+        while len(negatives) > 1 and len(negatives) != len(prompts) and not negatives[-1]:
+            negatives.pop()  # blank lines at the end
     if len(negatives) not in (1, len(prompts)):
-        required = f"1 line or {len(prompts)} (one per prompt)"
+        required = f"1 line or {len(prompts)} (line n belongs to line n of the prompts)"
         raise ConfigError(f"negative_data_path must have {required}, got {len(negatives)}")
-    return list(zip(prompts, negatives * (len(prompts) // len(negatives))))
+    pairs = zip(prompts, negatives * (len(prompts) // len(negatives)))
+    return [(prompt, negative) for prompt, negative in pairs if prompt or not options.data_path]
 
 
 def load_pipeline(options: SampleOptions, source: Source) -> Callable[..., np.ndarray]:
@@ -86,35 +93,46 @@ def generate_and_save(
     """Prompt by prompt: programs that judge images give each prompt a block of the numbered files."""
     from ldm.sampling.text_to_image import Sampling
 
-    generated, number, count = [], 0, options.n_samples
+    count, rounds = options.n_samples, options.n_iter
+    total, steps = len(prompts) * rounds * count, options.sampling_steps
+    text = "%d images to come (prompts %d, n_iter %d, n_samples %d), %d steps each of %s"
+    logger.info(text, total, len(prompts), rounds, count, steps, options.sampler_name)
     settings = Sampling(
         options.sampler_name,
-        options.sampling_steps,
+        steps,
         options.guidance_scale,
         options.H,
         options.W,
         options.ddim_eta,
+        options.timestep_spacing,
     )
-    bar = progress_bar("sampling", unit="step")(options.sampling_steps * options.n_iter * len(prompts))
-    with bar:
+    folder, number = grid_folder(output), 0
+    grid = images.GridPages(
+        folder, "grid-" if folder == output else f"{output.name}-grid-", options.n_rows or count
+    )
+    pace = Pace(steps * rounds * len(prompts), f"{total} images")
+    with progress_bar("sampling", unit="step")(steps * rounds * len(prompts)) as bar:
+
+        def on_step() -> None:
+            bar.update()
+            pace()
+
         for row, (prompt, negative) in enumerate(prompts):
-            for round_ in range(options.n_iter):
+            for round_ in range(rounds):
                 first = 0 if options.fixed_code else (round_ * len(prompts) + row) * count
                 seeds = [(options.seed, first + place) for place in range(count)]
-                arrays = pipeline([prompt] * count, [negative] * count, seeds, settings, bar.update)
+                arrays = pipeline([prompt] * count, [negative] * count, seeds, settings, on_step)
                 graphs.mark_complete()
-                generated.append(arrays)
                 for array in arrays if not options.skip_save else ():
                     path = images.free_path(output / "samples", "", start=number)
                     number = int(path.stem) + 1
                     images.save_image(array, path)
+                if not options.skip_grid:
+                    grid.add(arrays)
     if not options.skip_save:
-        logger.info("%d images in %s", sum(map(len, generated)), output / "samples")
+        logger.info("%d images in %s", total, output / "samples")
     if not options.skip_grid:
-        folder = grid_folder(output)
-        path = images.free_path(folder, "grid-" if folder == output else f"{output.name}-grid-", start=0)
-        images.save_image(images.grid(np.concatenate(generated), options.n_rows or count), path)
-        logger.info("grid: %s", path)
+        grid.save()
 
 
 def grid_folder(output: Path) -> Path:

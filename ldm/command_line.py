@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import traceback
 import typing
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ldm.config import ConfigError, nearest, parse_value, read_mapping
+from ldm.other_names import advice
 
+logger = logging.getLogger(__name__)
 USERS_ERRORS = (ValueError, FloatingPointError, OverflowError, MemoryError, OSError)
 
 
@@ -105,6 +108,35 @@ def progress_bar(what: str, is_shown: bool = True, unit: str = "image") -> Calla
     return show
 
 
+class Pace:
+    """Says in the log how long work of so many steps will take, once a few of them have shown it.
+
+    To be called after every step. The first one, which may compile, does not count; of less than ten steps
+    nothing is said.
+    """
+
+    SHOWN = 4  # steps until it is said
+
+    def __init__(self, steps: int, what: str) -> None:
+        self.steps, self.what, self.done, self.start = steps, what, 0, 0.0
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.done == 1:
+            self.start = time.perf_counter()
+        if self.done == self.SHOWN and self.steps >= 10:
+            seconds = (time.perf_counter() - self.start) / (self.SHOWN - 1)
+            text = "%s: about %s more (%.3g s a step)"
+            logger.info(text, self.what, duration(seconds * (self.steps - self.done)), seconds)
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
@@ -140,7 +172,7 @@ def make_parser(cls) -> argparse.ArgumentParser:
 
 
 def _metavar(spec: dataclasses.Field) -> str:
-    if spec.name.endswith(("_dir", "_path", "_file", "_config")) or spec.name == "config":
+    if is_path(spec.name):
         return "PATH"
     return "N" if spec.type in (int, float, int | None, float | None) else "TEXT"
 
@@ -165,7 +197,7 @@ def parse_options(cls, argv: Sequence[str] | None = None):
     known, unknown = parser.parse_known_args(argv)
     flags = [flag for action in parser._actions for flag in action.option_strings]
     if unknown:
-        parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}")
+        parser.error(_unknown("argument", _flags_among(unknown), flags, cls.OTHER_NAMES))
     try:
         given = collect(cls, vars(known), "command line")
         if "train_config" in cls.__dataclass_fields__:
@@ -186,16 +218,69 @@ def collect(cls, given: dict, source: str) -> dict:
         names |= {
             alias.lstrip("-"): spec.name for alias in spec.metadata["aliases"] if alias.startswith("--")
         }
+    if unknown := [str(key) for key in given if key not in names]:
+        raise ConfigError(f"{source}: {_unknown('option', unknown, list(names), cls.OTHER_NAMES)}")
     result = {}
     for key, value in given.items():
-        name = names.get(key)
-        if name is None:
-            raise ConfigError(f"{source}: unknown option {key}{nearest(str(key), list(names))}")
+        name = names[key]
         if name == "log_level" and isinstance(value, str):
             value = value.removeprefix("logging.").upper()
         result[name] = parse_value(value, specs[name].type, f"{source}: {name}")
+        if is_path(name):
+            result[name] = _as_path(result[name], f"{source}: {name}", specs[name].default)
+        elif isinstance(result[name], str):
+            result[name] = _as_text(result[name], f"{source}: {name}")
         _check_bounds(specs[name], result[name])
     return result
+
+
+def _flags_among(words: Sequence[str]) -> list[str]:
+    """The flags among unknown words, without the values behind them; a word without a flag is one, too."""
+    flags, is_value = [], False
+    for word in words:
+        is_flag = word.startswith("-") and not word[1:2].isdigit()
+        if is_flag or not is_value:
+            flags.append(word.split("=")[0])
+        is_value = is_flag and "=" not in word or (is_value and not is_flag)
+    return flags
+
+
+def _unknown(kind: str, names: Sequence[str], known: Sequence[str], others: dict[str, str]) -> str:
+    """All that is not known, each with what to do about it."""
+    found = [f"{name}{advice(name, others) or nearest(name, known)}" for name in names]
+    return f"unknown {kind}{'s' if len(names) > 1 else ''} {', '.join(found)}"
+
+
+def is_path(name: str) -> bool:
+    """Whether an option's value is the path of a file or folder, by its name."""
+    return name.endswith(("_dir", "_path", "_file", "_config")) or name in ("config", "resume")
+
+
+def _as_path(value, what: str, default):
+    """Paths with `~` as the home folder it stands for; an empty one is the default. Raises ConfigError."""
+    if isinstance(value, tuple):
+        return tuple(_as_path(item, what, default) for item in value)
+    if not value:
+        return default
+    if (value != value.strip() or value[0] in "'\"") and not os.path.exists(value):
+        raise ConfigError(f"{what} must be a path, got {value!r}: with spaces or quotation marks around it")
+    expanded = os.path.expanduser(value)
+    if expanded.startswith("~") and not os.path.exists(expanded):
+        raise ConfigError(f"{what} {value}: no home folder is known for it; write the path out")
+    return expanded
+
+
+def _as_text(value: str, what: str) -> str:
+    """The text of a flag where Python took it for bytes of the locale: everyone's terminal writes UTF-8."""
+    try:
+        value.encode()
+        return value
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(value).decode()
+    except UnicodeError:
+        raise ConfigError(f"{what} must be text in UTF-8, got {value!r}") from None
 
 
 def _check_bounds(spec: dataclasses.Field, value) -> None:
@@ -210,6 +295,8 @@ def _check_bounds(spec: dataclasses.Field, value) -> None:
             continue
         if meta["least"] is not None and item < meta["least"]:
             raise ConfigError(f"{spec.name} must be {meta['least']} or more, got {item}")
+        if meta["most"] is not None and item > meta["most"]:
+            raise ConfigError(f"{spec.name} must be {meta['most']} or less, got {item}")
         if meta["above"] is not None and item <= meta["above"]:
             raise ConfigError(f"{spec.name} must be more than {meta['above']}, got {item}")
         if meta["below"] is not None and item >= meta["below"]:

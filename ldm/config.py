@@ -17,11 +17,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasEvent, YAMLError, parse
 
 from ldm.mindone_config import from_mindone, is_mindone
+from ldm.text_files import NotText, read_text
 
 PROGRAM = Path(__file__).resolve().parents[1]
 LARGEST_CONFIGURATION = 2**20  # bytes
 # fields that came with Stable Diffusion 1 and 2.1: a state of before has not got them
 SINCE_VERSIONS = {"num_heads", "use_linear_projection", "upcast_attention", "activation", "padding"}
+# what the readers raise at a damaged file
+UNREADABLE = (
+    YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, AttributeError, RecursionError,
+)  # fmt: skip
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
 logger = logging.getLogger(__name__)
 
@@ -147,6 +152,11 @@ class ModelConfig:
             if pixels % self.size_multiple:
                 raise ConfigError(f"{name} must be a multiple of {self.size_multiple}, got {pixels}")
 
+    def check_steps(self, sampling_steps: int) -> None:
+        if sampling_steps > self.noise_schedule.timesteps:
+            most = self.noise_schedule.timesteps
+            raise ConfigError(f"sampling_steps must be {most} or less for this model, got {sampling_steps}")
+
 
 def find_configuration(path: str | Path) -> Path:
     """A configuration file: where the path says, else beside this program, as the 2023 example looked for it.
@@ -171,7 +181,7 @@ def read_mapping(path: str | Path) -> dict:
     try:
         if Path(path).stat().st_size > LARGEST_CONFIGURATION:
             raise ValueError(f"larger than {LARGEST_CONFIGURATION} bytes")
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
         if any(
             isinstance(event, AliasEvent) for event in parse(text)
         ):  # a few nested ones are a file of gigabytes
@@ -179,15 +189,9 @@ def read_mapping(path: str | Path) -> dict:
         if "${" in text:  # these, too, unfold; and some read the environment
             raise ValueError("references (${name}) are not read, write the values out")
         loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-    except (
-        YAMLError,
-        OmegaConfBaseException,
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except NotText as error:
+        raise ConfigError(str(error)) from None
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not readable as JSON or YAML: {reason}") from None
     if not isinstance(loaded, dict):

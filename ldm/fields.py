@@ -14,6 +14,7 @@ from ldm.versions import VERSIONS
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 SAMPLER_NAMES = ("plms", "ddim", "dpm_solver", "dpm_solver_pp", "uni_pc")
+TIMESTEPS = 1000  # of the noise schedule of every Stable Diffusion: no sampler takes more
 DEVICES = ("auto", "Ascend", "CPU")
 SAVE_FORMATS = ("mindspore", "safetensors", "stability", "diffusers")
 LORA_TARGETS = ("attention", "feed_forward", "projections", "convolutions")
@@ -28,22 +29,22 @@ VERSION_HELP = "1.4, 1.5, 2.0, 2.0-v, 2.1 or 2.1-v: chooses YAML and published f
 
 def option(  # noqa: PLR0913 (a field says a lot)
     default, group: str, text: str, *, aliases: Sequence[str] = (), choices: Sequence = (), metavar: str = "",
-    least=None, above=None, below=None, shapes_graph: bool = True, changes_result: bool = True,
+    least=None, most=None, above=None, below=None, shapes_graph: bool = True,
+    changes_result: bool = True,
 ):  # fmt: skip
     """A field with what its flag needs.
 
     Args:
         text: for --help, where the default follows in brackets unless the text ends with brackets of its own.
             Empty: the option is not shown.
-        least, above, below: bounds.
+        least, most, above, below: bounds.
         shapes_graph: a compiled graph of the training may depend on it; else the graphs are shared.
         changes_result: the weights that a training ends with depend on it; else it may differ when a run is
             resumed. Files and folders are False: their contents are compared.
     """
     return field(default=default, metadata=dict(
-        group=group, text=text, aliases=aliases, choices=choices, metavar=metavar, least=least, above=above,
-        below=below,
-        shapes_graph=shapes_graph, changes_result=changes_result,
+        group=group, text=text, aliases=aliases, choices=choices, metavar=metavar, least=least, most=most,
+        above=above, below=below, shapes_graph=shapes_graph, changes_result=changes_result,
     ))  # fmt: skip
 
 
@@ -79,3 +80,37 @@ def lora_target_names(given: str) -> tuple[str, ...]:
             f"{unknown[0]!r}{nearest(unknown[0], list(LORA_TARGETS))}"
         )
     return names
+
+
+def check_folders(instance_data_dir: str, class_data_dir: str | None, output_path: str) -> None:
+    """Raises ConfigError where the folders of a training are none, or lie in each other so that images and
+    results would mix.
+    """
+    instance, output = Path(instance_data_dir), Path(output_path)
+    if not instance.is_dir():
+        what = "must be a folder, got a file" if instance.exists() else "no such folder"
+        raise ConfigError(f"instance_data_dir {instance_data_dir}: {what}")
+    if _lies_in(output, instance) or _lies_in(instance, output):
+        raise ConfigError(
+            f"output_path {output_path} must lie apart from instance_data_dir {instance_data_dir}, which is "
+            f"only read: give another folder"
+        )
+    if class_data_dir is None:
+        return
+    classes = Path(class_data_dir)
+    if _lies_in(classes, instance):
+        raise ConfigError(
+            f"class_data_dir {class_data_dir} lies in instance_data_dir: give a folder of its own"
+        )
+    if _lies_in(output, classes):
+        raise ConfigError(
+            f"output_path {output_path} lies in class_data_dir {class_data_dir}, among the images: give "
+            f"another folder"
+        )
+    if classes.exists() and not classes.is_dir():
+        raise ConfigError(f"class_data_dir {class_data_dir} must be a folder, got a file")
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is that of the folder, or of anything in it, by whatever links."""
+    return path.resolve().is_relative_to(folder.resolve())

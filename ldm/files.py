@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import socket
+import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -119,11 +121,40 @@ def lock(path: Path) -> IO:
     return file
 
 
+@contextlib.contextmanager
+def folder_to_itself(folder: Path, others: str) -> Iterator[None]:
+    """A block in which no other process is that asks for the same folder: this one waits for its turn, which
+    also comes when the other is killed. Where the file system has no locks nobody waits.
+
+    Args:
+        others: what the log says of another process that has it.
+    """
+    handle, waits = os.open(folder, os.O_RDONLY), False
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waits:
+                    logger.info("%s: %s; waiting for its end", folder, others)
+                waits = True
+                time.sleep(1)  # a wait within the system call would not let signals through
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(handle)
+
+
 def cache_folder() -> Path:
     """Where this program keeps what it can make again: under the user's cache folder; what a dry run makes,
     which computes nothing, apart from the rest.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dreambooth-mindspore"
+    given = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(given):  # a relative one is to be ignored; nor has everyone in a container a home
+        given = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
+    folder = Path(given) / "dreambooth-mindspore"
     return folder / "dry_run" if is_dry_run() else folder
 
 

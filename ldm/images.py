@@ -1,104 +1,16 @@
-"""Images: find, read, crop, convert to and from pixels in [-1, 1], save. Knows no network."""
+"""Images: crop, convert to and from pixels in [-1, 1], lay out, save. Knows no network."""
 
 import logging
-from io import BytesIO
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from ldm.files import appears_whole
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# images, too: not to be skipped silently
-NOT_READ = {
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jxl",
-    ".dng",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
-}
-SMALLEST_SIDE, LARGEST_ASPECT = 16, 10
+PAGE_PIXELS = 2**26  # of a page of a grid
 logger = logging.getLogger(__name__)
-
-
-def read_image(path: Path) -> Image.Image:
-    """The image as sRGB, upright (EXIF orientation applied), transparency on white; of an animation or MPO
-    the first frame.
-
-    Raises:
-        ValueError: the file is damaged or no image; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits: PIL's own conversion clips at 255
-                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return _to_srgb(image.convert("RGB"), profile)
-    except Exception as error:  # the reader raises whatever the damage leads to
-        raise ValueError(
-            f"{path}: not a readable image ({str(error) or type(error).__name__}); remove or replace it"
-        ) from None
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours of an embedded profile (Display P3 on phones) as sRGB has them; a damaged profile is passed
-    over.
-    """
-    if not profile:
-        return image
-    try:
-        return ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"))
-    except (ImageCms.PyCMSError, OSError):
-        return image
-
-
-def require_usable(path: Path) -> None:
-    """Raises ValueError where an image cannot be read, or is too small or too narrow to learn from."""
-    width, height = read_image(path).size
-    if min(width, height) < SMALLEST_SIDE or max(width, height) > LARGEST_ASPECT * min(width, height):
-        raise ValueError(
-            f"{path}: sides must be {SMALLEST_SIDE} pixels or more and at most "
-            f"{LARGEST_ASPECT}:1, got {width} x {height}; remove or crop it"
-        )
-
-
-def list_images(folder: Path) -> list[Path]:
-    """The image files in a folder, in the order of their names; everything else is left out and counted in
-    the log.
-
-    A file counts as an image by its suffix, so that one which is damaged is noticed instead of skipped.
-
-    Raises:
-        ValueError: an image is of a format that is not read.
-    """
-    images, left_out = [], {"hidden files": 0, "sub-folders": 0, "other files": 0}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            left_out["hidden files"] += 1
-        elif path.is_dir():
-            left_out["sub-folders"] += 1
-        elif path.suffix.lower() in SUFFIXES:
-            images.append(path)
-        elif path.suffix.lower() in NOT_READ:
-            raise ValueError(
-                f"{path}: images in {path.suffix[1:].upper()} are not read; save it as JPEG or PNG, or "
-                f"remove it"
-            )
-        else:
-            left_out["other files"] += 1
-    skipped = ", ".join(f"{count} {what}" for what, count in left_out.items() if count)
-    logger.info("%s: %d images%s", folder, len(images), f" (left out: {skipped})" if skipped else "")
-    return images
 
 
 def resize_short_side(image: Image.Image, size: int) -> np.ndarray:
@@ -154,6 +66,35 @@ def grid(images: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
         )
         sheet[top : top + height, left : left + width] = image
     return sheet
+
+
+class GridPages:
+    """Images side by side, in as many files as it takes: a page is written when it is full.
+
+    Args:
+        folder, stem: of the files, which are numbered from the first free name on.
+        columns: images per row.
+    """
+
+    def __init__(self, folder: Path, stem: str, columns: int) -> None:
+        self.folder, self.stem, self.columns = folder, stem, columns
+        self._images: list[np.ndarray] = []
+
+    def add(self, images: Sequence[np.ndarray]) -> None:
+        """(H, W, 3) uint8 each, of one size."""
+        for image in images:
+            rows = max(1, PAGE_PIXELS // (self.columns * image.shape[0] * image.shape[1]))
+            self._images.append(image)
+            if len(self._images) == rows * self.columns:
+                self.save()
+
+    def save(self) -> None:
+        """Write the page in hand, if anything is on it."""
+        if self._images:
+            path = free_path(self.folder, self.stem)
+            save_image(grid(np.stack(self._images), self.columns), path)
+            logger.info("grid: %s", path)
+            self._images = []
 
 
 def with_caption(array: np.ndarray, caption: str, height: int = 22) -> np.ndarray:

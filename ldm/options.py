@@ -18,7 +18,9 @@ from ldm.fields import (
     SAMPLER_NAMES,
     SAVE_DTYPES,
     SAVE_FORMATS,
+    TIMESTEPS,
     VERSION_HELP,
+    check_folders,
     check_version,
     lora_target_names,
     option,
@@ -26,6 +28,7 @@ from ldm.fields import (
     run_option,
     value_option,
 )
+from ldm.other_names import TRAINING
 from ldm.versions import VERSIONS, official_file, version_from_environment
 
 
@@ -37,6 +40,8 @@ class TrainOptions:
         'python train_dreambooth.py --instance_data_dir=my_dog --instance_prompt="a photo of sks dog" \\\n'
         '      --class_data_dir=dogs --class_prompt="a photo of a dog" --output_path=output/my_dog'
     )
+
+    OTHER_NAMES: ClassVar[dict[str, str]] = TRAINING
 
     instance_data_dir: str | None = run_option(
         None, "data", "folder with 3-5 images of the subject (read only) [required]"
@@ -169,11 +174,15 @@ class TrainOptions:
     lora_ckpt_path: str | None = run_option(None, "LoRA", "a LoRA to go on from, of any program [no]")
     lora_ft_unet: bool = run_option(True, "LoRA", "")  # in files of September 2023
 
+    accept_class_images: bool = run_option(
+        False, "class images",
+        "take class_data_dir as it is: with images drawn for another prompt or model, and beside sub-folders",
+    )  # fmt: skip
     class_sampler: str = value_option(
         "ddim", "class images", "how to generate them; dpm_solver_pp needs 20 steps only",
         choices=SAMPLER_NAMES,
     )  # fmt: skip
-    sampling_steps: int = value_option(50, "class images", "denoising steps", least=1)
+    sampling_steps: int = value_option(50, "class images", "denoising steps", least=1, most=TIMESTEPS)
     sample_batch_size: int = run_option(4, "class images", "images at a time", least=1)
     guidance_scale: float = value_option(
         9.0, "class images", "classifier-free guidance scale", aliases=("--scale",), least=0
@@ -245,6 +254,7 @@ class TrainOptions:
         """With what was left to the model filled in. Raises ConfigError for images that it cannot make."""
         size = self.image_size or config.image_size
         config.check_size(image_size=size)
+        config.check_steps(self.sampling_steps)
         return dataclasses.replace(self, image_size=size)
 
     def check(self) -> None:
@@ -257,11 +267,15 @@ class TrainOptions:
                 more = " with prior preservation (or give --with_prior_preservation=False)"
                 why = more if name.startswith("class") else ""
                 raise ConfigError(f"--{name} is missing: it is required{why}")
-        self._check_folders()
+        classes = self.class_data_dir if self.with_prior_preservation else None
+        check_folders(self.instance_data_dir, classes, self.output_path)
         if self.end_learning_rate is not None and not self.decay_steps:
             raise ConfigError("end_learning_rate is set but decay_steps is 0: give --decay_steps too")
         check_version(self.version)
-        require_weights(self.checkpoint, "see models/README.md for where to get it")
+        tiny = " (or try the embedded model: bash scripts/demo.sh)"
+        is_default = (self.pretrained_model_path, self.pretrained_model_file) == ("models/", None)
+        hint = "see models/README.md for where to get it"
+        require_weights(self.checkpoint, hint + tiny if is_default else hint)
 
     def _check_lora(self) -> None:
         if not self.lora_ft_unet:
@@ -275,19 +289,6 @@ class TrainOptions:
             raise ConfigError(
                 "save_format and save_dtype are of whole models: with LoRA give --lora_format and --lora_fp16"
             )
-
-    def _check_folders(self) -> None:
-        if not Path(self.instance_data_dir).is_dir():
-            raise ConfigError(f"instance_data_dir {self.instance_data_dir}: no such folder")
-        if not self.with_prior_preservation:
-            return
-        instance, classes = Path(self.instance_data_dir).resolve(), Path(self.class_data_dir).resolve()
-        if classes == instance or instance in classes.parents:
-            raise ConfigError(
-                f"class_data_dir {self.class_data_dir} lies in instance_data_dir: give a folder of its own"
-            )
-        if Path(self.class_data_dir).exists() and not Path(self.class_data_dir).is_dir():
-            raise ConfigError(f"class_data_dir {self.class_data_dir} must be a folder, got a file")
 
     def graph_facts(self) -> dict:
         """The options that may shape a compiled graph."""

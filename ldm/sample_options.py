@@ -14,12 +14,19 @@ from ldm.fields import (
     LOG_LEVELS,
     PRECISION_HELP,
     SAMPLER_NAMES,
+    TIMESTEPS,
     VERSION_HELP,
     check_version,
     option,
     require_weights,
 )
+from ldm.other_names import DRAWING
 from ldm.versions import VERSIONS, official_file, version_from_environment
+
+TINY = (
+    'python text_to_image.py --ckpt_path=models/tiny_sd_v2.safetensors --prompt="a red car on the beach" '
+    "--guidance_scale=3"
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class SampleOptions:
         'python text_to_image.py --prompt="a sks dog on the hill" '
         "--ckpt_path=output/my_dog/dreambooth_epoch_8.ckpt"
     )
+
+    OTHER_NAMES: ClassVar[dict[str, str]] = DRAWING
 
     prompt: str = option("A cute wolf in winter forest", "prompts", "what the images show")
     negative_prompt: str = option("", "prompts", "what they should not show")
@@ -77,7 +86,13 @@ class SampleOptions:
     dpm_solver: bool = option(False, "sampling", "the same as --sampler dpm_solver")
     dpm_solver_pp: bool = option(False, "sampling", "the same as --sampler dpm_solver_pp")
     uni_pc: bool = option(False, "sampling", "the same as --sampler uni_pc")
-    sampling_steps: int = option(50, "sampling", "denoising steps", least=1)
+    sampling_steps: int = option(50, "sampling", "denoising steps", least=1, most=TIMESTEPS)
+    timestep_spacing: str = option(
+        "auto",
+        "sampling",
+        "auto: over the whole schedule; leading: as in 2023, which with 350 steps begins at 699 of 1,000",
+        choices=("auto", "leading"),
+    )
     guidance_scale: float = option(
         9.0, "sampling", "classifier-free guidance scale; 1: none", aliases=("--scale",), least=0
     )
@@ -166,4 +181,7 @@ class SampleOptions:
             if getattr(self, name):
                 require_file(Path(getattr(self, name)), name, "it has one prompt per line")
         check_version(self.version)
-        require_weights(self.checkpoint, "give --ckpt_path (see models/README.md)")
+        hint = "give --ckpt_path (see models/README.md)"
+        if not self.ckpt_path:
+            hint += f"; or try the embedded model: {TINY}"
+        require_weights(self.checkpoint, hint)

@@ -49,20 +49,28 @@ class NoiseSchedule:
         """The clean latents according to the prediction."""
         return (x_t - self.sqrt_one_minus_alpha[t] * self.to_eps(prediction, x_t, t)) / self.sqrt_alpha[t]
 
-    def strided_timesteps(self, steps: int) -> np.ndarray:
-        """`steps` time steps, falling, at equal strides from 1 on: the rule of DDIM and PLMS in Stable
-        Diffusion.
-        """
-        self._check(steps)
-        return (np.arange(steps) * (self.timesteps // steps) + 1)[::-1].clip(max=self.timesteps - 1)
+    def sampling_timesteps(self, steps: int, spacing: str) -> np.ndarray:
+        """(steps,) int: the time steps of a sampler, falling, no two the same.
 
-    def spaced_timesteps(self, steps: int) -> np.ndarray:
-        """`steps` time steps, falling, evenly spaced from the last to (not with) 0: the rule of the DPM
-        solvers.
-        """
-        self._check(steps)
-        return np.linspace(0, self.timesteps - 1, steps + 1).round()[:0:-1].astype(int)
+        With as many steps as the schedule has these are all of them. Fewer are, by `spacing`:
 
-    def _check(self, steps: int) -> None:
+        - `spread`: from 1 on at equal distances, rounded down, so that the first to be sampled lies near the
+          last of the schedule whatever their number. Where that divides the schedule, they are `leading`.
+        - `leading`: from 1 on at equal whole distances, the rule of DDIM and PLMS in Stable Diffusion
+          (Rombach et al. 2022). Of 350 the first to be sampled is 699, where an image is not all noise.
+        - `linspace`: from the last of the schedule to (not with) 0, the rule of the DPM solvers.
+
+        Raises:
+            ValueError: the schedule has fewer steps, or less than one is asked for.
+        """
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"sampling_steps must be 1 to {self.timesteps}, got {steps}")
+        if steps == self.timesteps:
+            rising = np.arange(steps)
+        elif spacing == "linspace":
+            rising = np.linspace(0, self.timesteps - 1, steps + 1).round()[1:].astype(int)
+        elif spacing == "spread":
+            rising = np.arange(steps) * self.timesteps // steps + 1
+        else:
+            rising = np.arange(steps) * (self.timesteps // steps) + 1
+        return rising[::-1]

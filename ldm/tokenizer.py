@@ -68,6 +68,7 @@ class Tokenizer:
         self._names = names
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self._word_ids = lru_cache(maxsize=100_000)(self._merge)
+        self._warn_once = lru_cache(maxsize=100_000)(self._warn)
         self.start_id, self.end_id = self._ids[START], self._ids[END]
         self.padding_id = self.end_id if padding == "end" else 0
 
@@ -117,15 +118,19 @@ class Tokenizer:
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids (B, context_length) int32.
 
-        A prompt that does not fit is cut; a warning quotes what was lost.
+        A prompt that does not fit is cut; a warning quotes what was lost, once for each prompt.
         """
         token_ids = np.full((len(prompts), self.context_length), self.padding_id, np.int32)
         room = self.context_length - 2
         for row, prompt in zip(token_ids, prompts):
             ids = self.encode(prompt)
             if len(ids) > room:
-                lost = self.decode(ids[room:]).strip()
-                logger.warning("the prompt has %d tokens, %d fit: left out is %r", len(ids), room, lost)
+                self._warn_once(tuple(ids))
             kept = [self.start_id, *ids[:room], self.end_id]
             row[: len(kept)] = kept
         return token_ids
+
+    def _warn(self, ids: tuple[int, ...]) -> None:
+        room = self.context_length - 2
+        lost = self.decode(ids[room:]).strip()
+        logger.warning("the prompt has %d tokens, %d fit: left out is %r", len(ids), room, lost)

@@ -16,6 +16,7 @@ from evaluate_tiny import BASE, CONFIG, NEW_PLACES, Evaluation
 
 from ldm import images
 from ldm.device import start_device
+from ldm.image_files import read_image
 
 SUBJECT = "penguin"
 EXAMPLES = ROOT / "examples" / SUBJECT
@@ -45,7 +46,7 @@ def main() -> None:
     rows = [
         (
             "the five pictures of the subject",
-            np.stack([np.asarray(images.read_image(p)) for p in sorted(EXAMPLES.glob("*.png"))]),
+            np.stack([np.asarray(read_image(p)) for p in sorted(EXAMPLES.glob("*.png"))]),
         ),
         ('before: "a sks penguin ..."', before[: len(NEW_PLACES)]),
         ('after: "a sks penguin ..."', after[: len(NEW_PLACES)]),

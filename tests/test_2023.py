@@ -165,7 +165,7 @@ REFUSED_TRAINING = {
         "unknown option data_path",
     ),
     "another version": ([*TRAIN, "-v", "1.6"], "version must be one of 1.4, 1.5, 2.0"),
-    "jit_level": ([*TRAIN, "--jit_level=O2"], "unknown argument --jit_level=O2"),
+    "jit_level": ([*TRAIN, "--jit_level=O2"], "unknown argument --jit_level"),
 }
 
 
@@ -192,7 +192,7 @@ REFUSED_DRAWING = {
     "v2-inference.yaml": ([*SCRIPT_DRAW, "--config=configs/v2-inference.yaml"],
     "configs/v2-inference.yaml: no such file; beside the program there are configs/"),
     "drawing with another version": ([*DRAW, "-v", "2.2"], "version must be one of 1.4, 1.5, "),
-    "ddim_steps": ([*DRAW, "--ddim_steps=50"], "unknown argument --ddim_steps=50"),
+    "ddim_steps": ([*DRAW, "--ddim_steps=50"], "unknown argument --ddim_steps (here --sampling_steps)"),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from test_other_programs import GUIDANCE, PROMPTS, STEPS, TINY, converted, drawn
 
 from ldm.fields import LORA_TARGETS
 from ldm.networks.latent_diffusion import build_model
-from ldm.sampling.samplers import sample_ddim
+from ldm.sampling.samplers import sample_ddim, timesteps_of
 from ldm.sampling.text_to_image import TextToImage
 from ldm.weights.checkpoint import load_checkpoint
 from ldm.weights.choice import choose_config
@@ -43,7 +43,10 @@ def draw(tiny, start):
         load_checkpoint(model, source, added=read_loras(list(map(str, files)), shapes, source.config))
         context, empty = pipeline.encode_prompts(PROMPTS), pipeline.encode_prompts(["", ""])
         *_, latents = sample_ddim(
-            pipeline.denoiser(context, empty, GUIDANCE), start, pipeline.schedule, STEPS
+            pipeline.denoiser(context, empty, GUIDANCE),
+            start,
+            pipeline.schedule,
+            timesteps_of("ddim", pipeline.schedule, STEPS),
         )
         return pipeline.decode(latents)
 

@@ -145,7 +145,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize("text, wanted", [
     (BOMB, "references (*name) are not read"), ("[" * 3000, "not readable"), ("epochs: " + "9" * 5000,
     "not readable"),
-    ("x" * 2**21, "larger than"), ("epochs: \0", "not readable"), ("a: x\nb: ${a}${a}${a}",
+    ("x" * 2**21, "larger than"), ("epochs: \0", "line 1 holds bytes that are no text"),
+    ("a: x\nb: ${a}${a}${a}",
     "references (${name}) are not read"),
     ('epochs: 1\nseed: "\\x24{epochs}"', "must be a whole number, got '${epochs}'"),
 ])  # fmt: skip

@@ -8,7 +8,7 @@ from convert_checkpoint import main
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from ldm.networks.latent_diffusion import build_model
-from ldm.sampling.samplers import sample_ddim
+from ldm.sampling.samplers import sample_ddim, timesteps_of
 from ldm.sampling.text_to_image import TextToImage
 from ldm.weights.checkpoint import load_checkpoint
 from ldm.weights.choice import choose_config
@@ -46,7 +46,9 @@ def ours(start):
     """Pictures by this program, (2, 64, 64, 3) uint8."""
     pipeline = pipeline_of(TINY)
     denoise = pipeline.denoiser(pipeline.encode_prompts(PROMPTS), pipeline.encode_prompts(["", ""]), GUIDANCE)
-    *_, latents = sample_ddim(denoise, start, pipeline.schedule, STEPS)
+    *_, latents = sample_ddim(
+        denoise, start, pipeline.schedule, timesteps_of("ddim", pipeline.schedule, STEPS)
+    )
     return pipeline.decode(latents)
 
 
@@ -96,7 +98,12 @@ def test_what_diffusers_saves_draws_the_same(tmp_path, converted, start, ours, h
     pipeline.save_pretrained(tmp_path / "saved", **how)
     again = pipeline_of(tmp_path / "saved")
     context, empty = again.encode_prompts(PROMPTS), again.encode_prompts(["", ""])
-    *_, latents = sample_ddim(again.denoiser(context, empty, GUIDANCE), start, again.schedule, STEPS)
+    *_, latents = sample_ddim(
+        again.denoiser(context, empty, GUIDANCE),
+        start,
+        again.schedule,
+        timesteps_of("ddim", again.schedule, STEPS),
+    )
     value = psnr(again.decode(latents), ours)
     print(f"PSNR {value:.1f} dB")
     assert value > (30 if dtype else 60)

@@ -2,40 +2,85 @@
 model.
 """
 
+import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from ldm.config import ModelConfig
-from ldm.images import list_images, read_image, save_image
+from ldm.command_line import Pace
+from ldm.config import ConfigError, ModelConfig
+from ldm.files import folder_to_itself, write_text
+from ldm.image_files import NOTE, list_images, read_image, where_images_lie
+from ldm.images import save_image
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.options import TrainOptions
 from ldm.ranks import Ranks
 from ldm.sampling.text_to_image import Sampling, TextToImage
+from ldm.weights.lora_merge import fingerprint_of
 
+OWN = re.compile(r"class_\d{5,}\.png")
+COMPARED = ("class_prompt", "base model")
 logger = logging.getLogger(__name__)
 
 
 class ClassImages:
     """A folder of class images: any valid ones count, and the missing ones are generated under names of their
-    own.
+    own. A note beside them says what those were drawn from.
 
     Args:
         count: how many a training uses: of more, the first by name.
+        origin: what the missing ones are drawn from, by COMPARED and more names.
+        takes_all: images that were drawn from something else, too; and does not mind sub-folders.
     """
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.folder, self.count = folder, count
+    def __init__(self, folder: Path, count: int, origin: dict | None = None, takes_all: bool = False) -> None:
+        self.folder, self.count, self.origin, self.takes_all = folder, count, origin or {}, takes_all
         self.found: list[Path] = []
 
     def missing(self) -> list[int]:
-        """The numbers of the images to generate: the lowest ones whose files are not there."""
+        """The numbers of the images to generate: the lowest ones whose files are not there.
+
+        Raises:
+            ConfigError: those that are there were drawn from something else; or some are missing, and images
+                lie in sub-folders.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.found = valid_images(self.folder)
         missing = max(0, self.count - len(self.found))
+        if not self.takes_all:
+            self._require_same_origin()
+            if missing and (where := where_images_lie(self.folder)):
+                raise ConfigError(
+                    f"class_data_dir {self.folder}: {len(self.found)} images found, {missing} are missing; "
+                    f"{where}, or --accept_class_images=True to generate those"
+                )
         numbers = range(missing + len(list(self.folder.iterdir())))
         return [number for number in numbers if not self.path(number).exists()][:missing]
+
+    def _require_same_origin(self) -> None:
+        noted = self.noted()
+        for name in COMPARED:
+            if name in noted and name in self.origin and noted[name] != self.origin[name]:
+                before, now = (
+                    repr(origin[name]) if name == "class_prompt" else origin.get("checkpoint", "another file")
+                    for origin in (noted, self.origin)
+                )
+                raise ConfigError(
+                    f"class_data_dir {self.folder}: images in it were generated with the {name} {before}, "
+                    f"not {now}: give a new folder, or --accept_class_images=True to take them all the same"
+                )
+
+    def noted(self) -> dict:
+        """What the generated ones in the folder were drawn from, as far as is known."""
+        if not any(OWN.fullmatch(path.name) for path in self.found):
+            return {}  # the note is of images that are gone
+        try:
+            noted = json.loads((self.folder / NOTE).read_text(encoding="utf-8"))
+            return noted if isinstance(noted, dict) else {}
+        except (OSError, ValueError):
+            return {}
 
     def complete(
         self, generate: Callable[[Sequence[int]], Iterator[Path]], ranks: Ranks,
@@ -47,10 +92,27 @@ class ClassImages:
             generate: makes the images of these numbers, see `generate_class_images`.
             show: opens a progress bar for that many images.
 
+        Of several runs that do so at once one generates, and the others wait for it.
+
         Raises:
             ValueError: this process does not see what the others have generated.
         """
+        if ranks.any(bool(self.missing())):
+            is_busy = "another run generates class images there"
+            with folder_to_itself(self.folder, is_busy) if ranks.is_first else nullcontext():
+                ranks.wait()
+                new = self._generate_missing(generate, ranks, show)
+        else:
+            new = []
+        if ranks.is_first and len(self.found) > self.count:
+            text = "class images: %d found, the first %d by name are used (--num_class_images)"
+            logger.info(text, len(self.found), self.count)
+        return sorted({*self.found, *new})[: self.count]
 
+    def _generate_missing(
+        self, generate: Callable[[Sequence[int]], Iterator[Path]], ranks: Ranks,
+        show: Callable[[int], AbstractContextManager],
+    ) -> list[Path]:  # fmt: skip
         new: list[Path] = []
 
         def do(share: Sequence[int]) -> None:
@@ -58,9 +120,10 @@ class ClassImages:
                 return
             if ranks.is_first:
                 missing = self.count - len(self.found)
-                logger.info(
-                    "class images: %d found, generating %d of %d", len(self.found), missing, self.count
-                )
+                text = "class images: %d found, generating %d of %d"
+                logger.info(text, len(self.found), missing, self.count)
+                if self.origin:
+                    write_text(self.folder / NOTE, json.dumps(self.origin, indent=2) + "\n")
             with show(len(share)) as bar:
                 for path in generate(share):
                     new.append(path)
@@ -68,9 +131,7 @@ class ClassImages:
 
         if ranks.divide(self.missing, do):
             raise ValueError(f"class_data_dir {self.folder} must be a folder that all processes share")
-        if ranks.is_first and len(self.found) > self.count:
-            logger.info("class images: %d found, the first %d by name are used", len(self.found), self.count)
-        return sorted({*self.found, *new})[: self.count]
+        return new
 
     def path(self, number: int) -> Path:
         return self.folder / f"class_{number:05d}.png"
@@ -95,9 +156,20 @@ def complete_class_images(
     """The class images of a training, after generating the missing ones; none without prior preservation."""
     if not options.with_prior_preservation:
         return []
-    images = ClassImages(Path(options.class_data_dir), options.num_class_images)
-    pipeline = TextToImage(model, config)
     size = options.image_size
+    origin = {
+        "class_prompt": options.class_prompt,
+        "base model": fingerprint_of({parameter.name: parameter for parameter in model.get_parameters()}),
+        "checkpoint": options.checkpoint.name,
+        "sampler": options.class_sampler,
+        "sampling_steps": options.sampling_steps,
+        "guidance_scale": options.guidance_scale,
+        "image_size": size,
+        "seed": options.seed,
+    }
+    folder, count = Path(options.class_data_dir), options.num_class_images
+    images = ClassImages(folder, count, origin, options.accept_class_images)
+    pipeline = TextToImage(model, config)
     settings = Sampling(options.class_sampler, options.sampling_steps, options.guidance_scale, size, size)
 
     def generate(numbers: Sequence[int]) -> Iterator[Path]:
@@ -119,12 +191,16 @@ def generate_class_images(
     have generated, and several processes generate what one would.
     """
     prompt, seed, batch_size = options.class_prompt, options.seed, options.sample_batch_size
+    pace = Pace(settings.steps * -(-len(numbers) // batch_size), f"{len(numbers)} class images")
     for start in range(0, len(numbers), batch_size):
         chosen = numbers[start : start + batch_size]
         # one shape, one graph
         seeds = [(seed, n) for n in chosen] + [(seed, chosen[-1])] * (batch_size - len(chosen))
-        arrays = pipeline([prompt] * batch_size, [""] * batch_size, seeds, settings)
+        arrays = pipeline([prompt] * batch_size, [""] * batch_size, seeds, settings, pace)
         for number, array in zip(chosen, arrays):
             path = images.path(number)
-            save_image(array, path)
+            try:
+                save_image(array, path)
+            except FileExistsError:
+                logger.info("%s: another run was faster, its image is taken", path)
             yield path

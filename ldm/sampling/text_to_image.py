@@ -9,10 +9,11 @@ from mindspore import Tensor, nn, ops
 
 from ldm import images
 from ldm.config import ModelConfig
+from ldm.device import is_dry_run
 from ldm.networks.autoencoder import Decode
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.random_streams import IMAGE, stream
-from ldm.sampling.samplers import SAMPLERS, Denoiser
+from ldm.sampling.samplers import SAMPLERS, Denoiser, timesteps_of
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 
@@ -39,6 +40,7 @@ class Sampling:
         guidance_scale: of classifier-free guidance; 1: none.
         height, width: in pixels.
         eta: of DDIM: 0 no noise, 1 as much as DDPM.
+        spacing: of the time steps, see `timesteps_of`.
     """
 
     sampler: str
@@ -47,6 +49,7 @@ class Sampling:
     height: int
     width: int
     eta: float = 0.0
+    spacing: str = "auto"
 
 
 class TextToImage:
@@ -77,9 +80,9 @@ class TextToImage:
         ).asnumpy()
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Scaled latents (B, 4, h, w) to images (B, H, W, 3) uint8."""
+        """Scaled latents (B, 4, h, w) to images (B, H, W, 3) uint8. Raises FloatingPointError."""
         z = Tensor(latents / self.config.autoencoder.scale_factor, ms.float32)
-        return images.to_uint8(self.decoder(z).asnumpy())
+        return images.to_uint8(self._require_finite(self.decoder(z).asnumpy(), "the VAE, decoding"))
 
     def initial_noise(self, seeds: Sequence[tuple[int, int]], height: int, width: int) -> np.ndarray:
         """x_T (B, 4, h, w), each row from its own (seed, number): the batch it is in changes nothing."""
@@ -95,8 +98,14 @@ class TextToImage:
         settings: Sampling,
         on_step: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
-        """One image for each prompt: (B, H, W, 3) uint8. `seeds` gives each its (seed, number)."""
+        """One image for each prompt: (B, H, W, 3) uint8. `seeds` gives each its (seed, number).
+
+        Raises:
+            FloatingPointError: a network's answer is not finite, so that there would be no image to see.
+        """
         context, negative = self.encode_prompts(prompts), self.encode_prompts(negative_prompts)
+        for encoded in (context, negative):
+            self._require_finite(encoded, "the text encoder")
         denoise = self.denoiser(context, negative, settings.guidance_scale)
         x_T = self.initial_noise(seeds, settings.height, settings.width)
         extra = {}
@@ -106,7 +115,20 @@ class TextToImage:
             extra["noise"] = lambda _: np.stack([rng.standard_normal(shape) for rng in streams])
             extra["eta"] = settings.eta
         latents = x_T
-        for x_t in SAMPLERS[settings.sampler](denoise, x_T, self.schedule, settings.steps, **extra):
-            latents = x_t
+        timesteps = timesteps_of(settings.sampler, self.schedule, settings.steps, settings.spacing)
+        sampler = SAMPLERS[settings.sampler](denoise, x_T, self.schedule, timesteps, **extra)
+        for number, x_t in enumerate(sampler, 1):
+            latents = self._require_finite(x_t, f"the UNet, denoising step {number} of {settings.steps}")
             on_step()
         return self.decode(latents)
+
+    def _require_finite(self, values: np.ndarray, source: str) -> np.ndarray:
+        """`values`, a row for each image."""
+        broken = [place for place, row in enumerate(values, 1) if not np.isfinite(row).all()]
+        if broken and not is_dry_run():
+            others = "" if self.config.precision == "float32" else "--precision float32, "
+            raise FloatingPointError(
+                f"{source}: NaN or infinite values in {len(broken)} of {len(values)} images, which are not "
+                f"saved; try {others}a lower guidance scale, another sampler, or another checkpoint"
+            )
+        return values

@@ -16,6 +16,7 @@ from mindspore import Tensor
 
 from ldm import images
 from ldm.config import ModelConfig
+from ldm.device import is_dry_run
 from ldm.files import appears_whole
 from ldm.networks.autoencoder import AutoencoderKL, Encode
 from ldm.ranks import Ranks
@@ -33,7 +34,11 @@ class Encoding:
         self.autoencoder, self.encoder, self.samples = autoencoder, Encode(autoencoder), samples
 
     def __call__(self, samples: list[Sample]) -> np.ndarray:
-        return self.encoder(Tensor(np.stack([self.samples.pixels(sample) for sample in samples]))).asnumpy()
+        pixels = np.stack([self.samples.pixels(sample) for sample in samples])
+        moments = self.encoder(Tensor(pixels)).asnumpy()
+        for sample, entry in zip(samples, moments):
+            _require_finite(entry, sample.path)
+        return moments
 
     def cached(
         self, config: ModelConfig, folder: Path, count: int, batch_size: int, ranks: Ranks,
@@ -43,6 +48,14 @@ class Encoding:
         cache = LatentCache(self.samples, config, encoder_digest(self.autoencoder, config), folder)
         cache.fill(self.autoencoder, count, batch_size * self.samples.images_per_sample, ranks, show)
         return cache
+
+
+def _require_finite(entry: np.ndarray, path: Path) -> None:
+    if not np.isfinite(entry).all() and not is_dry_run():
+        raise FloatingPointError(
+            f"{path}: the VAE's latents of it are NaN or infinite: give --precision float32, or, if that is "
+            f"the precision, a base checkpoint whose VAE is whole"
+        )
 
 
 def encoder_digest(autoencoder: AutoencoderKL, config: ModelConfig) -> bytes:
@@ -127,14 +140,18 @@ class LatentCache:
     def encode(
         self, autoencoder: AutoencoderKL, batch_size: int, missing: Sequence[tuple[str, Crop]]
     ) -> Iterator[int]:
-        """Encode and keep what is missing; yields the number of entries after every batch."""
+        """Encode and keep what is missing; yields the number of entries after every batch.
+
+        Raises FloatingPointError where an image's moments are not finite; they are not kept.
+        """
         encoder = Encode(autoencoder)  # compiled when it is first called, and gone with this generator
         for start in range(0, len(missing), batch_size):
             chosen = missing[start : start + batch_size]
             # one shape, one graph
             crops = [crop for _, crop in chosen] + [chosen[-1][1]] * (batch_size - len(chosen))
             pixels = np.stack([images.to_pixels(self.samples.square(crop)) for crop in crops])
-            for (key, _), entry in zip(chosen, encoder(Tensor(pixels)).asnumpy()):
+            for (key, crop), entry in zip(chosen, encoder(Tensor(pixels)).asnumpy()):
+                _require_finite(entry, crop[0])
                 self._moments[key] = entry.copy()
                 self._write(key, entry)
             yield len(chosen)
@@ -150,6 +167,8 @@ class LatentCache:
             entry = np.load(path, allow_pickle=False)
             if entry.dtype != np.float32 or entry.shape != self.shape:
                 raise ValueError(f"{entry.dtype} {entry.shape} instead of float32 {self.shape}")
+            if not np.isfinite(entry).all() and not is_dry_run():
+                raise ValueError("values that are not finite")
             return entry
         except (FileNotFoundError, NotADirectoryError):
             return None

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm import images
+from ldm.image_files import FORMATS, list_images, read_image, require_usable, where_images_lie
 from ldm.options import TrainOptions
 from ldm.random_streams import (
     CLASS_CROP,
@@ -32,14 +33,12 @@ def load_instance_images(folder: Path) -> list[Path]:
     Raises:
         ValueError: the folder has none, or one is damaged, too small or too narrow.
     """
-    paths = images.list_images(folder)
+    paths = list_images(folder)
     if not paths:
-        suffixes = " ".join(sorted(images.SUFFIXES))
-        raise ValueError(
-            f"instance_data_dir {folder}: no images found ({suffixes}); put 3-5 of the subject there"
-        )
+        where = where_images_lie(folder) or f"put 3-5 of the subject there ({', '.join(FORMATS)})"
+        raise ValueError(f"instance_data_dir {folder}: no images found; {where}")
     for path in paths:
-        images.require_usable(path)
+        require_usable(path)
     return paths
 
 
@@ -112,7 +111,7 @@ class DreamBoothSamples:
         return stream(self.seed, purpose, round_).permutation(length)
 
     def _resized(self, path: Path) -> np.ndarray:
-        return images.resize_short_side(images.read_image(path), self.size)
+        return images.resize_short_side(read_image(path), self.size)
 
     def _random_crop(self, path: Path, purpose: int, number: int) -> tuple[int, int, bool]:
         """Corner and flip in the first epoch or round."""

@@ -170,7 +170,7 @@ def read(kind: str, path: Path):
     """
     from ldm.command_line import parse_options
     from ldm.config import ConfigError, read_model_config
-    from ldm.images import read_image
+    from ldm.image_files import read_image
     from ldm.options import TrainOptions
     from ldm.weights.diffusers_folder import config_of_folder, folder_files
     from ldm.weights.source import read_file, read_json

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import pictures
 
 from ldm import images
+from ldm.image_files import read_image
 from ldm.networks.layer_set import layers_of_this_device
 
 WEIGHTS, HELD_OUT, LABELS = (
@@ -82,7 +83,7 @@ class Judges:
     def __init__(self) -> None:
         self.labels = json.loads(LABELS.read_text())["labels"]
         rows, columns = HELD_OUT_SHEET
-        sheet = np.asarray(images.read_image(HELD_OUT)).reshape(rows, SIDE, columns, SIDE, 3)
+        sheet = np.asarray(read_image(HELD_OUT)).reshape(rows, SIDE, columns, SIDE, 3)
         # pictures of the generator that nothing was trained on
         self.held_out = sheet.swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
         self.judge = Judge([len(self.labels[head]) for head in HEADS])

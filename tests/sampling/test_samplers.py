@@ -9,8 +9,8 @@ from conftest import SHALLOW
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler
 
 from ldm.fields import SAMPLER_NAMES
-from ldm.sampling.samplers import SAMPLERS, sample_ddim
-from ldm.schedule import NoiseSchedule, add_noise
+from ldm.sampling.samplers import SAMPLERS, sample_ddim, timesteps_of
+from ldm.schedule import NoiseSchedule, add_noise, velocity
 
 BETAS = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 STABLE_DIFFUSION = dict(steps_offset=1, set_alpha_to_one=False)
@@ -21,6 +21,10 @@ TOLERANCE = (
 
 def schedule_of(prediction_type: str) -> NoiseSchedule:
     return NoiseSchedule(dataclasses.replace(SHALLOW.noise_schedule, prediction_type=prediction_type))
+
+
+def sampled(name, denoise, x_T, schedule, steps, spacing="auto"):
+    return list(SAMPLERS[name](denoise, x_T, schedule, timesteps_of(name, schedule, steps, spacing)))
 
 
 def denoise(x, t):
@@ -62,7 +66,7 @@ def largest_difference(ours, theirs):
 @pytest.mark.parametrize("steps", [10, 25])
 @pytest.mark.parametrize("name", [name for name in SAMPLER_NAMES if name != "dpm_solver"])
 def test_trajectory_equals_diffusers(name, steps, prediction_type, x_T):
-    ours = list(SAMPLERS[name](denoise, x_T, schedule_of(prediction_type), steps))
+    ours = sampled(name, denoise, x_T, schedule_of(prediction_type), steps)
     theirs = reference(make_scheduler(name, prediction_type), steps, x_T)
     if name == "plms":  # diffusers counts the first step's two evaluations as two steps
         theirs = theirs[1:]
@@ -97,7 +101,7 @@ def test_dpm_solver_equals_the_papers_formulas(steps, prediction_type, x_T):
             x_next = x_next - sigma[t] * (np.exp(h) - 1) / (2 * r) * (e - previous)
         x, previous = x_next, e
         theirs.append(x)
-    ours = list(SAMPLERS["dpm_solver"](denoise, x_T, schedule_of(prediction_type), steps))
+    ours = sampled("dpm_solver", denoise, x_T, schedule_of(prediction_type), steps)
     assert largest_difference(ours, theirs) <= 1e-9
 
 
@@ -105,7 +109,9 @@ def test_dpm_solver_equals_the_papers_formulas(steps, prediction_type, x_T):
 def test_ddim_with_eta_equals_diffusers(eta, x_T):
     rng = np.random.default_rng(3)
     noises = rng.standard_normal((10, *x_T.shape))
-    ours = list(sample_ddim(denoise, x_T, schedule_of("epsilon"), 10, eta, noises.__getitem__))
+    schedule = schedule_of("epsilon")
+    timesteps = timesteps_of("ddim", schedule, 10)
+    ours = list(sample_ddim(denoise, x_T, schedule, timesteps, eta, noises.__getitem__))
     scheduler, x, theirs = make_scheduler("ddim", "epsilon"), torch.from_numpy(x_T), []
     scheduler.set_timesteps(10)
     for i, t in enumerate(scheduler.timesteps):
@@ -115,18 +121,51 @@ def test_ddim_with_eta_equals_diffusers(eta, x_T):
     assert largest_difference(ours, theirs) <= TOLERANCE
 
 
+# from as few as there can be, over counts that do and do not divide 1,000, to all there are
+COUNTS = (1, 2, 3, 7, 14, 15, 40, 350, 501, 600, 999, 1000)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", SAMPLER_NAMES)
-def test_exact_denoiser_leads_to_its_picture(name, x_T):
-    """With a denoiser that knows x_0, every sampler arrives there, up to the noise at which it stops."""
-    schedule, x0 = schedule_of("epsilon"), np.random.default_rng(5).standard_normal(x_T.shape)
-    x = add_noise(x0, x_T, schedule.sqrt_alpha[999], schedule.sqrt_one_minus_alpha[999])
-    *_, last = SAMPLERS[name](
-        lambda x, t: (x - schedule.sqrt_alpha[t] * x0) / schedule.sqrt_one_minus_alpha[t], x, schedule, 40
-    )
-    assert np.abs(last - x0).max() < 0.15
+def test_exact_denoiser_leads_to_its_picture_at_every_count(name, prediction_type, x_T):
+    """With a denoiser that knows x_0, every sampler arrives there, up to the noise of step 0 or 1; PLMS,
+    which mixes the v of different steps, in very few steps only nearly.
+    """
+    schedule, x0 = schedule_of(prediction_type), np.random.default_rng(5).standard_normal(x_T.shape)
+
+    def knows(x, t):
+        noise = (x - schedule.sqrt_alpha[t] * x0) / schedule.sqrt_one_minus_alpha[t]
+        levels = schedule.sqrt_alpha[t], schedule.sqrt_one_minus_alpha[t]
+        return noise if prediction_type == "epsilon" else velocity(x0, noise, *levels)
+
+    for steps in COUNTS:
+        first = timesteps_of(name, schedule, steps)[0]
+        x = add_noise(x0, x_T, schedule.sqrt_alpha[first], schedule.sqrt_one_minus_alpha[first])
+        last = sampled(name, knows, x, schedule, steps)[-1]
+        assert np.abs(last - x0).max() < (0.15 if steps >= 10 else 1), steps
+
+
+def test_time_steps_at_every_count():
+    """Each once, falling, from near the last one; where the count divides 1,000, those of 2023."""
+    schedule = schedule_of("epsilon")
+    for name in SAMPLER_NAMES:
+        for steps in range(1, 1001):
+            t = timesteps_of(name, schedule, steps)
+            assert len(t) == steps and (np.diff(t) < 0).all() and t[-1] >= 0 and t[0] <= 999, (name, steps)
+            if name in ("plms", "ddim"):
+                assert t[0] >= 999 - 1000 / steps, (name, steps)
+                if 1000 % steps == 0 and steps < 1000:
+                    assert (t == timesteps_of(name, schedule, steps, "leading")).all()
+            else:
+                assert t[0] == 999
+    assert list(timesteps_of("ddim", schedule, 10)) == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+    assert timesteps_of("plms", schedule, 350)[0] == 998  # of 2023: 699
+    assert timesteps_of("plms", schedule, 350, "leading")[0] == 699
+    assert timesteps_of("ddim", schedule, 1000, "leading")[0] == 999
 
 
 def test_steps_out_of_range_are_refused():
-    for sampler in SAMPLERS.values():
-        with pytest.raises(ValueError, match="sampling_steps"):
-            next(sampler(denoise, np.zeros((1, 4, 2, 2)), schedule_of("epsilon"), 2000))
+    for name in SAMPLERS:
+        for steps in (0, 1001):
+            with pytest.raises(ValueError, match="sampling_steps must be 1 to 1000"):
+                timesteps_of(name, schedule_of("epsilon"), steps)

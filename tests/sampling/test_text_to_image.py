@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from ldm.config import read_model_config
 from ldm.networks.autoencoder import posterior_sample
 from ldm.networks.latent_diffusion import build_model
-from ldm.sampling.samplers import sample_ddim
+from ldm.sampling.samplers import sample_ddim, timesteps_of
 from ldm.sampling.text_to_image import Sampling, TextToImage
 from ldm.weights.checkpoint import load_checkpoint
 
@@ -64,7 +64,8 @@ def test_the_shipped_model_draws_the_same_picture_as_diffusers():
     x_T = np.random.default_rng(0).standard_normal((2, 4, 16, 16))
 
     denoise = pipeline.denoiser(pipeline.encode_prompts(prompts), pipeline.encode_prompts(["", ""]), 4.0)
-    *_, latents = sample_ddim(denoise, x_T, pipeline.schedule, 10)
+    timesteps = timesteps_of("ddim", pipeline.schedule, 10)
+    *_, latents = sample_ddim(denoise, x_T, pipeline.schedule, timesteps)
     ours = pipeline.decode(latents)
 
     schedule = dataclasses.asdict(config.noise_schedule)
