@@ -11,7 +11,7 @@ TRAINING = {
     "pretrained_model_name_or_path": "pretrained_model_path (a file or folder on the disk)",
     "pretrained_vae": f"{NOTHING}: the VAE is the base checkpoint's",
     "vae": f"{NOTHING}: the VAE is the base checkpoint's",
-    "revision": "variant, or the file itself with pretrained_model_path",
+    "revision": "variant, or pretrained_model_path",
     "tokenizer_name": f"{NOTHING}: every Stable Diffusion has the same tokenizer",
     "output_dir": "output_path",
     "output_name": f"{NOTHING}: checkpoints are called dreambooth_epoch_N, in output_path",

@@ -50,3 +50,18 @@ def test_grid():
     sheet = images.grid(np.stack([np.full((2, 3, 3), v, np.uint8) for v in (1, 2, 3)]), columns=2, padding=1)
     assert sheet.shape == (7, 9, 3)
     assert sheet[1, 1, 0] == 1 and sheet[1, 5, 0] == 2 and sheet[4, 1, 0] == 3 and sheet[4, 5, 0] == 255
+
+
+def test_a_grid_of_many_is_cut_into_pages(tmp_path, monkeypatch):
+    """20,000 of them take the memory of one page."""
+    monkeypatch.setattr(images, "PAGE_PIXELS", 3 * 4 * 2 * 7)  # 7 rows of 2
+    pages = images.GridPages(tmp_path, "grid-", columns=2)
+    for number in range(10):
+        pages.add(np.full((3, 3, 4, 3), number, np.uint8))
+        assert len(pages._images) < 14
+    pages.save()
+    pages.save()  # nothing is left
+    sizes = [Image.open(path).size for path in sorted(tmp_path.iterdir())]
+    assert sizes == [(14, 7 * 5 + 2), (14, 7 * 5 + 2), (14, 5 + 2)]
+    first = np.asarray(Image.open(tmp_path / "grid-00000.png"))
+    assert first[3, 3, 0] == 0 and first[-4, -4, 0] == 4  # the fourteenth

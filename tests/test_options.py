@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import re
+import shlex
 
 import pytest
 from conftest import ROOT, write_pictures
@@ -12,6 +13,7 @@ from ldm.command_line import parse_options
 from ldm.config import ConfigError, read_mapping, read_model_config
 from ldm.fields import SAMPLER_NAMES, lora_target_names
 from ldm.options import TrainOptions
+from ldm.other_names import DRAWING, NOTHING, TRAINING
 from ldm.sample_options import SampleOptions
 
 REFERENCE_DEFAULTS = dict(
@@ -126,6 +128,110 @@ def test_a_mistaken_flag_ends_with_one_line(files, capsys, flag):
     assert MISTAKES[flag] in error_of(capsys, lambda: train(files, flag))
 
 
+@pytest.mark.parametrize("flag, wanted", [
+    ("--max_train_steps=800", "(here --epochs (an epoch has"), ("--resolution=512", "(here --image_size)"),
+    ("--learning_rate=1e-6", "(here --start_learning_rate)"), ("--output_dir=out", "(here --output_path)"),
+    ("--mixed_precision=fp16", "(here --precision (float32, float16 or bfloat16))"),
+    ("--gradient_checkpointing", "(here --recompute)"),
+    ("--pretrained_model_name_or_path=x", "(here --pretrained_model_path"),
+    ("--lr_scheduler=constant", "(here --decay_steps and end_learning_rate"),
+    ("--checkpointing_steps=500", "(here --save_every"), ("--resume_from_checkpoint=x", "(here --resume)"),
+    ("--validation_prompt=x", "(leave it out; with --save_weights_every"),
+    ("--network-dim=4", "(here --lora_rank)"),
+])  # fmt: skip
+def test_names_of_other_programs_are_known(files, capsys, flag, wanted):
+    error = error_of(capsys, lambda: train(files, flag))
+    assert f"unknown argument {flag.split('=')[0]} {wanted}" in error
+
+
+def test_what_other_programs_options_are_called_here_exists():
+    for names, cls in ((TRAINING, TrainOptions), (DRAWING, SampleOptions)):
+        own = {spec.name for spec in dataclasses.fields(cls)}
+        for name, here in names.items():
+            assert name not in own, name
+            if not here.startswith(NOTHING):
+                words = re.split(r" or |, or | and ", re.sub(r" \(.*?\)", "", here))
+                assert {re.split(r"[=,( ]", word.removeprefix("--"))[0] for word in words} <= own, name
+
+
+def test_all_that_is_unknown_is_said_at_once(files, capsys):
+    flags = ["--max_train_steps", "800", "--epohcs=3", "--push_to_hub", "--betas", "0.9", "0.98"]
+    assert error_of(capsys, lambda: train(files, *flags)).endswith(
+        "unknown arguments --max_train_steps (here --epochs (an epoch has images x train_data_repeats / "
+        "train_batch_size updates)), --epohcs; did you mean --epochs?, --push_to_hub (leave it out)\n"
+    )
+    (files / "bad.json").write_text('{"resolution": 512, "epohcs": 3, "adam_beta1": 0.9}')
+    assert error_of(capsys, lambda: train(files, config="bad.json")).endswith(
+        "unknown options resolution (here image_size), epohcs; did you mean epochs?, adam_beta1 (here betas "
+        "(two values))\n"
+    )
+
+
+def test_paths_begin_at_the_home_folder(files, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(files))
+    (files / "train.json").write_text(json.dumps({"output_path": "~/out"}))
+    assert train(files, config="train.json").output_path == f"{files}/out"
+    options = train(
+        files, "--pretrained_model_path=~", "--instance_data_dir=~/instance", "--train_config=~/train.yaml"
+    )
+    assert options.checkpoint == files / "base.ckpt" and options.train_config == f"{files}/train.yaml"
+    for name in ("a.safetensors", "prompts.txt"):
+        (files / name).write_text("x")
+    drawn = parse_options(SampleOptions, [
+        "--ckpt_path=~/base.ckpt", "--lora_ckpt_path", "~/a.safetensors:0.5", "--data_path=~/prompts.txt",
+    ])  # fmt: skip
+    assert drawn.checkpoint == files / "base.ckpt" and drawn.loras == (f"{files}/a.safetensors:0.5",)
+    assert drawn.data_path == f"{files}/prompts.txt"
+    wanted = "output_path ~nobody-here/out: no home folder is known for it"
+    assert wanted in error_of(capsys, lambda: train(files, "--output_path=~nobody-here/out"))
+
+
+def test_paths_with_what_a_terminal_adds(files, capsys):
+    """Quotation marks of "copy as path", the \r of a script from Windows; an empty variable is no path."""
+    for path in (f'"{files / "instance"}"', f"{files / 'instance'}\r", " out"):
+        error = error_of(capsys, lambda path=path: train(files, f"--output_path={path}"))
+        assert f"must be a path, got {path!r}: with spaces or quotation marks around it" in error
+    assert train(files, "--output_path=", "--pretrained_model_file=base.ckpt").output_path == "output"
+    assert "--instance_data_dir is missing" in error_of(capsys, lambda: train(files, "--instance_data_dir="))
+    assert "must be a folder, got a file" in error_of(
+        capsys, lambda: train(files, f"--instance_data_dir={files / 'base.ckpt'}")
+    )
+
+
+def test_results_and_pictures_lie_apart(files, capsys):
+    (files / "link").symlink_to(files / "instance")
+    for output in (files / "instance", files / "instance/out", files / "link/out", files, files / "x/.."):
+        error = error_of(capsys, lambda output=output: train(files, f"--output_path={output}"))
+        assert "must lie apart from instance_data_dir" in error
+    for output in (files / "class", files / "class/out"):
+        error = error_of(capsys, lambda output=output: train(files, f"--output_path={output}"))
+        assert "lies in class_data_dir" in error
+    train(files, f"--output_path={files / 'out'}", f"--class_data_dir={files / 'out/class'}")
+
+
+def test_a_missing_checkpoint_says_what_there_is_to_try(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = error_of(capsys, lambda: parse_options(SampleOptions, []))
+    command = error.split("try the embedded model: python text_to_image.py ")[1].strip()
+    monkeypatch.chdir(ROOT)
+    assert parse_options(SampleOptions, shlex.split(command)).checkpoint.is_file()
+    assert "embedded" not in error_of(capsys, lambda: parse_options(SampleOptions, ["--ckpt_path=no.ckpt"]))
+    write_pictures(tmp_path / "dog", 1)
+    monkeypatch.chdir(tmp_path)
+    words = ["--instance_data_dir=dog", "--instance_prompt=x", "--class_data_dir=c", "--class_prompt=y"]
+    assert "try the embedded model: bash scripts/demo.sh" in error_of(
+        capsys, lambda: parse_options(TrainOptions, words)
+    )
+
+
+def test_text_of_a_terminal_whose_locale_python_does_not_know(files, capsys):
+    """As Python gives it under LANG=C without its UTF-8 mode: bytes, each a surrogate."""
+    given = "--instance_prompt=a sks café".encode().decode("ascii", "surrogateescape")
+    assert train(files, given).instance_prompt == "a sks café"
+    given = "--instance_prompt=a sks café".encode("latin-1").decode("ascii", "surrogateescape")
+    assert "instance_prompt must be text in UTF-8, got" in error_of(capsys, lambda: train(files, given))
+
+
 @pytest.mark.parametrize("text, wanted", [
     ("epohcs: 3", "unknown option epohcs; did you mean epochs?"), ("epochs: [1]", "must be a whole number"),
     ("- 1", "must hold `key: value` pairs"),
@@ -174,6 +280,8 @@ def test_no_class_folder_is_needed_without_prior_preservation(files, capsys):
     (["--ddim_eta=1"], "ddim sampler only"),
     (["-v", "2.2"], "one of 1.4, 1.5, 2.0, 2.0-v, 2.1, 2.1-v, got '2.2'\n"),
     (["--skip_grid", "--skip_save"], "nothing to write"),
+    (["--sampling_steps=1500"], "sampling_steps must be 1000 or less, got 1500"),
+    (["--outdir=x", "--ddim_steps", "50"], "arguments --outdir (here --output_path), --ddim_steps (here"),
     (["--n_samples=0"], "1 or more"), (["--use_lora"], "give the LoRA with --lora_ckpt_path"),
     (["--lora_rank=8"], "lora_rank: give the LoRA with"), (["stray"], "unknown argument stray"),
 ])  # fmt: skip
@@ -261,6 +369,7 @@ def test_what_depends_on_an_option_is_said_by_its_field():
     """All others change a training's result: a new one is compared at resume unless said otherwise."""
     free = {spec.name for spec in dataclasses.fields(TrainOptions) if not spec.metadata["changes_result"]}
     files = {"instance_data_dir", "class_data_dir", "train_config", "model_config", "output_path"}
+    files |= {"accept_class_images"}
     files |= {"pretrained_model_path", "pretrained_model_file", "variant", "use_ema_weights", "train_config"}
     batches = {
         "train_batch_size",

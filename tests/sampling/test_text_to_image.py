@@ -4,6 +4,7 @@ import dataclasses
 
 import mindspore as ms
 import numpy as np
+import pytest
 import torch
 from conftest import ROOT, torch_networks, weights_as_arrays
 from diffusers import DDIMScheduler
@@ -40,6 +41,37 @@ def test_the_same_seed_draws_the_same_picture_in_any_batch(pipeline):
     noisy = [draw(pipeline, n, eta=1.0) for n in (2, 2, 4)]
     assert np.array_equal(noisy[0], noisy[1]) and np.abs(noisy[0].astype(int) - noisy[2][:2]).max() <= 1
     assert np.abs(noisy[0].astype(int) - two).mean() > 2
+
+
+@pytest.mark.parametrize("part, where", [
+    ("encode_prompts", "the text encoder"), ("denoiser", "the UNet, denoising step 2 of 3"),
+    ("decoder", "the VAE, decoding"),
+])  # fmt: skip
+def test_values_that_are_not_finite_are_never_a_picture(pipeline, monkeypatch, part, where):
+    """NaN and infinite values, in one of two pictures."""
+    calls = []
+
+    def broken(values):
+        calls.append(1)
+        if part != "denoiser" or len(calls) == 2:
+            values = values.copy()
+            values.flat[0] = np.nan if part == "denoiser" else np.inf
+        return values
+
+    whole = getattr(pipeline, part)
+    if part == "encode_prompts":
+        monkeypatch.setattr(pipeline, part, lambda prompts: broken(whole(prompts)))
+    elif part == "decoder":
+        monkeypatch.setattr(pipeline, part, lambda z: ms.Tensor(broken(whole(z).asnumpy())))
+    else:
+        monkeypatch.setattr(pipeline, part, lambda *_: lambda x, t: broken(x * 0.1))
+    with pytest.raises(FloatingPointError, match=f"{where}: NaN or infinite values in 1 of 2 images, .*"):
+        draw(pipeline, 2)
+    half = dataclasses.replace(pipeline.config, precision="float16")
+    monkeypatch.setattr(pipeline, "config", half)
+    calls.clear()
+    with pytest.raises(FloatingPointError, match="try --precision float32, a lower guidance scale"):
+        draw(pipeline, 2)
 
 
 def test_height_and_width(pipeline):

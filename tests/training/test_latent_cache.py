@@ -179,3 +179,25 @@ def test_processes_without_a_common_folder_encode_for_themselves(tmp_path, encod
         cache.fill(None, COUNT, 4, Ranks(0, 2), no_bar)
         assert cache(samples.pick(0, COUNT)).shape == (2 * COUNT, 8, 16, 16)
         assert ("latents of other processes are not all there" in caplog.text) == unseen
+
+
+def test_moments_that_are_not_finite_name_the_picture_and_are_not_kept(tmp_path, encoded, monkeypatch):
+    samples = make_samples(tmp_path, random_crop=False)
+    whole = FakeEncode.__call__
+
+    def broken(self, pixels):
+        moments = whole(self, pixels).asnumpy().copy()
+        moments[1] = np.nan
+        return Tensor(moments)
+
+    monkeypatch.setattr(FakeEncode, "__call__", broken)
+    second = samples.crops(COUNT)[1][0].name
+    with pytest.raises(FloatingPointError, match=f"{second}: the VAE's latents of it are NaN or infinite"):
+        encoded(samples)
+    (kept,) = (tmp_path / "latents").iterdir()  # of the picture before
+    with pytest.raises(FloatingPointError, match="the VAE's latents of it"):
+        Encoding(None, samples)(samples.pick(0, 2))
+    # as older versions kept it
+    np.save(kept, np.full((8, 16, 16), np.inf, np.float32))
+    monkeypatch.setattr(FakeEncode, "__call__", whole)
+    assert encoded(samples)[1:3] == (0, 5)
