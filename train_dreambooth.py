@@ -129,7 +129,7 @@ def train(work: Plan, folder: RunFolder, inputs: Inputs, ranks: Ranks, stop: Sto
     recorder = Recorder(folder, trainer, progress, work.origin)
     recorder.resume(work.start.state)
     if trainer.global_step >= progress.total_updates:
-        return progress.say_that_all_is_done()
+        return recorder.say_that_all_is_done()
     recorder.begin(len(work.instance_images))
     bar = progress_bar("training", ranks.is_first, "step")(progress.total_updates, trainer.global_step)
     with stop.postponed(), bar:

@@ -91,7 +91,7 @@ def start_logging(level: str, log_file: Path | None = None, who: str = "") -> No
     )
     handlers: list[logging.Handler] = [_BarHandler()]
     if log_file:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
     line = f"%(asctime)s {who}%(levelname)s %(message)s"
     logging.basicConfig(level=level, format=line, handlers=handlers, force=True)
 
@@ -254,6 +254,11 @@ def _unknown(kind: str, names: Sequence[str], known: Sequence[str], others: dict
 def is_path(name: str) -> bool:
     """Whether an option's value is the path of a file or folder, by its name."""
     return name.endswith(("_dir", "_path", "_file", "_config")) or name in ("config", "resume")
+
+
+def home_path(text: str) -> Path:
+    """A path of a command line, its `~` as the home folder."""
+    return Path(os.path.expanduser(text))
 
 
 def _as_path(value, what: str, default):

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import io
 import logging
+import os
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def find_configuration(path: str | Path) -> Path:
 
     Raises ConfigError.
     """
-    given, beside = Path(path), PROGRAM / path
+    given, beside = Path(os.path.expanduser(path)), PROGRAM / path
     if not given.is_file() and beside.is_file():
         return beside
     there = ", ".join(

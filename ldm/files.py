@@ -122,9 +122,11 @@ def lock(path: Path) -> IO:
 
 
 @contextlib.contextmanager
-def folder_to_itself(folder: Path, others: str) -> Iterator[None]:
+def folder_to_itself(folder: Path, others: str) -> Iterator[bool]:
     """A block in which no other process is that asks for the same folder: this one waits for its turn, which
     also comes when the other is killed. Where the file system has no locks nobody waits.
+
+    Gives whether it had to wait.
 
     Args:
         others: what the log says of another process that has it.
@@ -142,7 +144,7 @@ def folder_to_itself(folder: Path, others: str) -> Iterator[None]:
                 time.sleep(1)  # a wait within the system call would not let signals through
             except OSError:
                 break
-        yield
+        yield waits
     finally:
         os.close(handle)
 
@@ -177,7 +179,7 @@ def fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 over names and contents of files, in their order."""
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+        digest.update(os.fsencode(path.name) + f" {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -31,7 +31,7 @@ TRAINING = {
     "unet_lr": "start_learning_rate",
     "text_encoder_lr": "start_learning_rate, or --train_text_encoder=False",
     "scale_lr": f"{NOTHING}, and give the scaled rate as start_learning_rate",
-    "lr_scheduler": "decay_steps and end_learning_rate (cosine decay), or leave it out (constant)",
+    "lr_scheduler": "decay_steps and end_learning_rate (cosine decay; without them constant)",
     "lr_warmup_steps": "warmup_steps",
     "lr_num_cycles": f"{NOTHING}: the rate decays once, over decay_steps",
     "optimizer_type": "optim",

@@ -66,7 +66,9 @@ class Ranks:
         """Return when all processes have come here."""
         self.total(np.zeros(1, np.float32))
 
-    def divide(self, look: Callable[[], Sequence], do: Callable[[Sequence], None]) -> Sequence:
+    def divide(
+        self, look: Callable[[], Sequence], do: Callable[[Sequence], None], missing: Sequence | None = None
+    ) -> Sequence:
         """Have done what is missing, each process its share of it.
 
         Returns what is missing now, for lack of a common disk.
@@ -74,8 +76,9 @@ class Ranks:
         Args:
             look: says what is missing. All processes have looked before one of them does anything.
             do: does the given part of it.
+            missing: what `look` has said already.
         """
-        missing = look()
+        missing = look() if missing is None else missing
         self.wait()
         do(self.share(missing))
         self.wait()

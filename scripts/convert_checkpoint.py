@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.command_line import Ending, progress_bar, start_logging
+from ldm.command_line import Ending, home_path, progress_bar, start_logging
 from ldm.config import ModelConfig
 from ldm.fields import SAVE_DTYPES, SAVE_FORMATS
 from ldm.versions import VERSIONS
@@ -111,7 +111,7 @@ def write(arrays: Arrays, config: ModelConfig, target: Path, to: str | None, dty
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", type=Path, help="what to write")
+    parser.add_argument("target", type=home_path, help="what to write")
     parser.add_argument("--to", choices=SAVE_FORMATS, help="format and names of the target [by its name]")
     parser.add_argument(
         "--dtype", choices=SAVE_DTYPES, default="float32", help="of the numbers [%(default)s]"
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="a weight file or a folder of diffusers")
+    parser.add_argument("source", type=home_path, help="a weight file or a folder of diffusers")
     add_writing_options(parser)
     add_reading_options(parser)
     options = parser.parse_args(argv)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.command_line import Ending, start_logging
+from ldm.command_line import Ending, home_path, start_logging
 from ldm.config import ModelConfig, read_model_config
 from ldm.fields import LORA_FORMATS, SAVE_DTYPES
 from ldm.versions import VERSIONS, configurations
@@ -77,7 +77,7 @@ def write(lora, config: ModelConfig, own: Mapping, options: argparse.Namespace) 
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", type=Path, help="what to write: NAME.safetensors")
+    parser.add_argument("target", type=home_path, help="what to write: NAME.safetensors")
     parser.add_argument("--lora_format", choices=LORA_FORMATS, default="kohya", help="names [%(default)s]")
     parser.add_argument(
         "--dtype", choices=SAVE_DTYPES, default="float16", help="of the numbers [%(default)s]"
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="a LoRA, or a folder of PEFT's")
+    parser.add_argument("source", type=home_path, help="a LoRA, or a folder of PEFT's")
     add_writing_options(parser)
     parser.add_argument("-v", "--version", choices=tuple(VERSIONS), help="of its model [by its shapes]")
     parser.add_argument("--config", help="configuration of its model [the first that fits]")

@@ -16,7 +16,7 @@ import numpy as np
 from convert_checkpoint import add_reading_options, open_whole
 from convert_lora import add_writing_options, require_new, write
 
-from ldm.command_line import Ending, progress_bar, start_logging
+from ldm.command_line import Ending, home_path, progress_bar, start_logging
 from ldm.fields import LORA_TARGETS, lora_target_names
 
 
@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("base", type=Path, help="the model that the other one was made of")
-    parser.add_argument("tuned", type=Path, help="the fine-tuned model")
+    parser.add_argument("base", type=home_path, help="the model that the other one was made of")
+    parser.add_argument("tuned", type=home_path, help="the fine-tuned model")
     add_writing_options(parser)
     parser.add_argument("--rank", type=int, default=16, help="of each addition [%(default)s]")
     parser.add_argument(

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from convert_checkpoint import add_reading_options, add_writing_options, format_to_write, open_whole, write
 
-from ldm.command_line import Ending, start_logging
+from ldm.command_line import Ending, home_path, start_logging
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("base", type=Path, help="the model that the LoRA is an addition to")
+    parser.add_argument("base", type=home_path, help="the model that the LoRA is an addition to")
     parser.add_argument("lora", nargs="+", metavar="LORA[:WEIGHT]", help="a file, or a folder of PEFT's")
     add_writing_options(parser)
     add_reading_options(parser)

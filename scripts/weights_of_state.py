@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from convert_checkpoint import add_writing_options, format_to_write, write
 
-from ldm.command_line import Ending, start_logging
+from ldm.command_line import Ending, home_path, start_logging
 from ldm.weights.arrays import Joined, Made, Renamed
 from ldm.weights.choice import choose_config, config_in
 from ldm.weights.source import open_weights
@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("state", type=Path, help="a folder states/step_*")
-    parser.add_argument("base", type=Path, help="the model that the training began with")
+    parser.add_argument("state", type=home_path, help="a folder states/step_*")
+    parser.add_argument("base", type=home_path, help="the model that the training began with")
     add_writing_options(parser)
     parser.add_argument("--variant", help="of the files of the base, if it is a folder: fp16, bf16, non_ema")
     parser.add_argument(

@@ -29,7 +29,8 @@ def losses(place, folder):
 
 def test_training_leaves_what_it_promises(place, trained):
     assert sorted(p.name for p in (place / "classes/dog").iterdir()) == [
-        f"class_{n:05d}.png" for n in range(3)
+        *(f"class_{n:05d}.png" for n in range(3)),
+        "drawn_from.json",
     ]
     names = {
         "dreambooth_epoch_1.ckpt",

@@ -5,6 +5,7 @@ afterwards.
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 
@@ -62,7 +63,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(place):
     changes = ("--seed=5", "--prior_loss_weight=0.5", "--num_class_images=9")
     changed = train(place, "--output_path=stopped", *LONG, "--resume=latest", *changes, status=2).stderr
     assert "num_class_images 3 -> 9; prior_loss_weight 1.0 -> 0.5; seed 3407 -> 5" in changed
-    assert len(list((place / "classes/dog").iterdir())) == 3  # none is drawn for a run that is refused
+    assert len(list((place / "classes/dog").glob("*.png"))) == 3  # none is drawn for a run that is refused
     epochs = done * 2 // 5 + 2  # 5 samples an epoch, 2 an update; the last update ends it
     end = (*LONG, f"--epochs={epochs}", f"--ckpt_save_interval={epochs}")
     resumed = train(place, "--output_path=stopped", *end, "--resume=latest", "--save_state_minutes=0")
@@ -96,7 +97,7 @@ def test_ctrl_c_before_training_and_during_it(place):
     """Before, no step is in hand: it stops at once. During training the step ends and the state is saved."""
     for folder, moment in (
         (place / "early", (place / "early/train.log").exists),
-        (place / "late", lambda: updates_done(place / "late") >= 2),
+        (place / "late", lambda: updates_done(place / "late") >= 3),
     ):
         process = start(place, f"--output_path={folder.name}", *LONG)
         wait_for(moment)
@@ -111,6 +112,18 @@ def test_ctrl_c_before_training_and_during_it(place):
     assert [path.name for path in (place / "late/states").iterdir()] == [
         f"step_{updates_done(place / 'late'):08d}"
     ]
+    assert_there_is_something_to_draw_with(place, errors)
+    more = (*LONG, "--epochs=1", "--resume=latest")  # of which more is done already
+    assert_there_is_something_to_draw_with(place, train(place, "--output_path=late", *more).stderr)
+
+
+def assert_there_is_something_to_draw_with(place, errors) -> None:
+    """In the middle of the first epoch, before any checkpoint, the log has the command that makes one."""
+    command = errors.split("to draw with what it has learned so far: python scripts/")[1].splitlines()[0]
+    script, *words = shlex.split(command)
+    run(place, *words, script=ROOT / "scripts" / script)
+    assert len(read_checkpoint(place / words[-1])) == len(read_checkpoint(place / "models/base.ckpt"))
+    (place / words[-1]).unlink()
 
 
 def files_below(size):

@@ -32,6 +32,7 @@ class Counting(Protocol):
     total_updates: int
 
     def epoch_to_save(self, update: int) -> int | None: ...
+    def say_that_all_is_done(self) -> None: ...
 
 
 class Recorder:
@@ -97,11 +98,28 @@ class Recorder:
             self.save_state()
         for name in due:
             self.checkpoints.save(name, self.trainer.weights(), self.trainer.averages())
+        if stops:
+            self._say_how_to_draw()
+
+    def _say_how_to_draw(self) -> None:
+        """Where there is a state, but no checkpoint yet."""
+        if self.ranks.is_first and not any(self.checkpoints.there(kind) for kind in ("epoch", "step")):
+            averaged = " --base_was_averaged" * self.options.use_ema_weights
+            logger.info(
+                "to draw with what it has learned so far: python scripts/weights_of_state.py %s %s %s%s",
+                self.folder.states.paths()[-1], self.options.checkpoint, self.folder.path / "so_far.ckpt",
+                averaged,
+            )  # fmt: skip
+
+    def say_that_all_is_done(self) -> None:
+        self.progress.say_that_all_is_done()
+        self._say_how_to_draw()
 
     def _due(self, update: int, stops: bool = False) -> list[str]:
         """The names of the checkpoints that belong to an update, or to a stop after it."""
         epoch, every = self.progress.epoch_to_save(update), self.options.save_weights_every
-        is_step = bool(every) and (stops or update % every == 0)
+        # the additions of a LoRA are a small file
+        is_step = bool(every and update % every == 0) or (stops and bool(every or self.checkpoints.lora))
         return [f"epoch_{epoch}"] * bool(epoch) + [f"step_{update}"] * is_step
 
     def save_state(self) -> None:

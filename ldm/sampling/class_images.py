@@ -97,20 +97,20 @@ class ClassImages:
         Raises:
             ValueError: this process does not see what the others have generated.
         """
-        if ranks.any(bool(self.missing())):
+        new, missing = [], self.missing()
+        if ranks.any(bool(missing)):
             is_busy = "another run generates class images there"
-            with folder_to_itself(self.folder, is_busy) if ranks.is_first else nullcontext():
-                ranks.wait()
-                new = self._generate_missing(generate, ranks, show)
-        else:
-            new = []
+            with folder_to_itself(self.folder, is_busy) if ranks.is_first else nullcontext(False) as waited:
+                if ranks.any(waited):
+                    missing = self.missing()
+                new = self._generate(missing, generate, ranks, show)
         if ranks.is_first and len(self.found) > self.count:
             text = "class images: %d found, the first %d by name are used (--num_class_images)"
             logger.info(text, len(self.found), self.count)
         return sorted({*self.found, *new})[: self.count]
 
-    def _generate_missing(
-        self, generate: Callable[[Sequence[int]], Iterator[Path]], ranks: Ranks,
+    def _generate(
+        self, missing: list[int], generate: Callable[[Sequence[int]], Iterator[Path]], ranks: Ranks,
         show: Callable[[int], AbstractContextManager],
     ) -> list[Path]:  # fmt: skip
         new: list[Path] = []
@@ -119,9 +119,8 @@ class ClassImages:
             if not share:
                 return
             if ranks.is_first:
-                missing = self.count - len(self.found)
                 text = "class images: %d found, generating %d of %d"
-                logger.info(text, len(self.found), missing, self.count)
+                logger.info(text, len(self.found), len(missing), self.count)
                 if self.origin:
                     write_text(self.folder / NOTE, json.dumps(self.origin, indent=2) + "\n")
             with show(len(share)) as bar:
@@ -129,7 +128,7 @@ class ClassImages:
                     new.append(path)
                     bar.update()
 
-        if ranks.divide(self.missing, do):
+        if ranks.divide(self.missing, do, missing):
             raise ValueError(f"class_data_dir {self.folder} must be a folder that all processes share")
         return new
 

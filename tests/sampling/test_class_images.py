@@ -70,7 +70,7 @@ def test_processes_generate_what_one_would(pipeline, tmp_path, monkeypatch):
 
     def wait(self):
         waits.append(self)
-        if len(waits) == 3 and shares:
+        if len(waits) == 2 and shares:
             images = ClassImages(folder, 3)
             list(generate_class_images(pipeline, images, [1], OPTIONS, SETTINGS))
 
