@@ -10,11 +10,11 @@ import numpy as np
 
 from ldm import images
 from ldm.command_line import Ending, Pace, parse_options, progress_bar, start_logging
-from ldm.config import ConfigError
 from ldm.device import log_device
 from ldm.run.compile_cache import CompileCache
 from ldm.sample_options import SampleOptions
 from ldm.text_files import read_lines
+from ldm.values import ConfigError
 from ldm.weights.choice import open_model, put_on_device
 from ldm.weights.source import Source
 

@@ -7,6 +7,7 @@ the command with one line and status 2, before any network is built.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -20,24 +21,25 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ldm.config import ConfigError, nearest, parse_value, read_mapping
+from ldm.config import read_mapping
 from ldm.other_names import advice
+from ldm.values import ConfigError, nearest, parse_value
 
 logger = logging.getLogger(__name__)
 USERS_ERRORS = (ValueError, FloatingPointError, OverflowError, MemoryError, OSError)
 
 
 class Interrupted(SystemExit):
-    """SIGINT or SIGTERM, with the exit status that shells give it: 130 or 143."""
+    """SIGINT, SIGTERM or SIGHUP, with the exit status that shells give it: 130, 143 or 129."""
 
 
 class Ending:
     """How a command ends: `with Ending("train_dreambooth.py"): ...`
 
     An error that is the user's to mend ends it with one line and status 2; a signal with the shell's status,
-    130 or 143, and the line that continues the command where it can be resumed. Of several processes the line
-    names the rank, and an error ends the process without shutting down MindSpore's communication, in which it
-    would wait for the others.
+    130, 143 or 129, and the line that continues the command where it can be resumed. Of several processes the
+    line names the rank, and an error ends the process without shutting down MindSpore's communication, in
+    which it would wait for the others.
     """
 
     def __init__(self, command: str, can_be_resumed: bool = False) -> None:
@@ -54,12 +56,12 @@ class Ending:
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         if isinstance(error, (Interrupted, KeyboardInterrupt)):
             if self.rank == 0:
-                print(self._interrupted(), file=sys.stderr, flush=True)
+                _say(self._interrupted())
             raise SystemExit(error.code if isinstance(error, Interrupted) else 130)
         if isinstance(error, USERS_ERRORS):
             who = f"{self.command}: rank {self.rank}" if self.size > 1 else self.command
             message = " ".join(str(error).split()) or type(error).__name__
-            print(f"{who}: error: {message}", file=sys.stderr, flush=True)
+            _say(f"{who}: error: {message}")
             if self.size > 1:
                 os._exit(2)
             raise SystemExit(2)
@@ -75,11 +77,18 @@ class Ending:
         return f"stopped; continue with: python {shlex.join([*sys.argv, '--resume=latest'])}"
 
 
+def _say(line: str) -> None:
+    """To standard error, which may be gone: a terminal that was closed, a reader that has ended."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 class _BarHandler(logging.StreamHandler):
-    """Log lines that do not tear a progress bar apart."""
+    """Log lines that do not tear a progress bar apart; where nobody reads them the work goes on."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def start_logging(level: str, log_file: Path | None = None, who: str = "") -> None:
@@ -141,6 +150,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message: str) -> typing.NoReturn:
+        if "expected" in message and "argument" in message:
+            message += "; a value that begins with a dash is given as --NAME=VALUE"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -223,6 +234,8 @@ def collect(cls, given: dict, source: str) -> dict:
     result = {}
     for key, value in given.items():
         name = names[key]
+        if name in result:
+            raise ConfigError(f"{source}: {name} is given twice, the second time as {key}: leave one out")
         if name == "log_level" and isinstance(value, str):
             value = value.removeprefix("logging.").upper()
         result[name] = parse_value(value, specs[name].type, f"{source}: {name}")
@@ -264,7 +277,7 @@ def home_path(text: str) -> Path:
 def _as_path(value, what: str, default):
     """Paths with `~` as the home folder it stands for; an empty one is the default. Raises ConfigError."""
     if isinstance(value, tuple):
-        return tuple(_as_path(item, what, default) for item in value)
+        return tuple(_as_path(item, what, "") for item in value if item) or default
     if not value:
         return default
     if (value != value.strip() or value[0] in "'\"") and not os.path.exists(value):

@@ -4,12 +4,10 @@ Must not import mindspore.
 """
 
 import dataclasses
-import difflib
 import io
 import logging
 import os
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from yaml import AliasEvent, YAMLError, parse
 
 from ldm.mindone_config import from_mindone, is_mindone
 from ldm.text_files import NotText, read_text
+from ldm.values import ConfigError, nearest, parse_value, require_file
 
 PROGRAM = Path(__file__).resolve().parents[1]
 LARGEST_CONFIGURATION = 2**20  # bytes
@@ -30,15 +29,6 @@ UNREADABLE = (
 )  # fmt: skip
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
 logger = logging.getLogger(__name__)
-
-
-class ConfigError(ValueError):
-    """What a user wrote cannot be used; the message is one line that says what to do."""
-
-
-def require_file(path: Path, what: str, hint: str) -> None:
-    if not path.is_file():
-        raise ConfigError(f"{what} {path}: no such file; {hint}")
 
 
 @dataclass(frozen=True)
@@ -170,9 +160,8 @@ def find_configuration(path: str | Path) -> Path:
     there = ", ".join(
         str(file.relative_to(PROGRAM)) for file in sorted(PROGRAM.glob(f"configs/*{given.suffix or '.yaml'}"))
     )
-    require_file(
-        given, "configuration", f"beside the program there are {there}" if there else "check the path"
-    )
+    hint = f"beside the program there are {there}" if there else "check the path"
+    require_file(given, "configuration", hint)
     return given
 
 
@@ -183,9 +172,7 @@ def read_mapping(path: str | Path) -> dict:
         if Path(path).stat().st_size > LARGEST_CONFIGURATION:
             raise ValueError(f"larger than {LARGEST_CONFIGURATION} bytes")
         text = read_text(path)
-        if any(
-            isinstance(event, AliasEvent) for event in parse(text)
-        ):  # a few nested ones are a file of gigabytes
+        if any(isinstance(event, AliasEvent) for event in parse(text)):  # a few, nested, are gigabytes
             raise ValueError("references (*name) are not read, write the values out")
         if "${" in text:  # these, too, unfold; and some read the environment
             raise ValueError("references (${name}) are not read, write the values out")
@@ -198,61 +185,6 @@ def read_mapping(path: str | Path) -> dict:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} must hold `key: value` pairs, got a {type(loaded).__name__}")
     return loaded
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {match[0]}?" if match else ""
-
-
-def parse_value(value, kind, name: str):
-    """`value` (from a flag or a file) as the type that the field is annotated with; ConfigError where it is
-    not one.
-    """
-    kinds = (
-        [k for k in typing.get_args(kind)]
-        if typing.get_origin(kind) in (typing.Union, type(int | None))
-        else [kind]
-    )
-    if value in (None, "None", ["None"]):
-        if type(None) in kinds:
-            return None
-        raise ConfigError(f"{name} must have a value, got none")
-    kind = next(k for k in kinds if k is not type(None))
-    if typing.get_origin(kind) is tuple:
-        return _parse_tuple(value, typing.get_args(kind), name)
-    if kind is bool:
-        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if str(value).lower() in known:
-            return known[str(value).lower()]
-    elif kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    elif kind in (int, float) and not isinstance(value, (bool, list, dict)):
-        try:
-            number = float(value)
-            if kind is float and number == number and abs(number) != float("inf"):
-                return number
-            if kind is int and number == int(number):
-                return int(number)
-        except (ValueError, OverflowError):
-            pass
-    required = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
-    raise ConfigError(f"{name} must be {required}, got {value!r}")
-
-
-def _parse_tuple(value, kinds: tuple, name: str) -> tuple:
-    if kinds[0] is str:
-        items = [value] if isinstance(value, str) else value
-    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-        items = " ".join(value).replace(",", " ").split()  # from the command line: 0.9 0.98 or 0.9,0.98
-    else:
-        items = value.replace(",", " ").split() if isinstance(value, str) else value
-    is_any_number = kinds[-1] is Ellipsis
-    if not isinstance(items, (list, tuple)) or (not is_any_number and len(items) != len(kinds)):
-        raise ConfigError(
-            f"{name} must be {'a list' if is_any_number else f'{len(kinds)} values'}, got {value!r}"
-        )
-    return tuple(parse_value(item, kinds[0], name) for item in items)
 
 
 def _build(cls, given, where: str):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 
-from ldm.config import ConfigError, nearest
+from ldm.values import ConfigError, absent, nearest
 from ldm.versions import VERSIONS
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -60,7 +60,7 @@ def value_option(default, group: str, text: str, **more):
 
 def require_weights(path: Path, hint: str) -> None:
     if not path.exists():
-        raise ConfigError(f"checkpoint {path}: no such file or folder; {hint}")
+        raise ConfigError(f"checkpoint {path}: {absent(path, 'no such file or folder')}; {hint}")
 
 
 def check_version(version: str | None) -> None:

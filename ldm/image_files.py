@@ -86,6 +86,8 @@ def _read(path: Path, file: Path | BytesIO) -> Image.Image:
         image.load()
         profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
         image = _upright(image, path)
+        if image.mode == "F":
+            raise ValueError("its numbers are floating-point, of no known range: save it as JPEG or PNG")
         if image.mode.startswith("I"):  # 16 bits: PIL's own conversion clips at 255
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -219,7 +221,7 @@ def list_images(folder: Path) -> list[Path]:
             left_out["hidden files"] += 1
         elif path.is_dir():
             left_out["sub-folders"] += 1
-        elif not _is_image(path):
+        elif (path.exists() and not path.is_file()) or not _is_image(path):  # a pipe would never end
             left_out["other files"] += path.name != NOTE
         elif reason := not_read(path):
             raise ValueError(f"{path}: {reason}")
@@ -231,8 +233,10 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def images_below(folder: Path) -> dict[Path, int]:
-    """The sub-folders of a folder that hold images, each with their number."""
-    below = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    """The sub-folders of a folder that hold images, each with their number; but for those that other
+    programs make: .ipynb_checkpoints, @eaDir, __MACOSX.
+    """
+    below = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] not in ".@_"]
     counts = {path: sum(entry.is_file() and _is_image(entry) for entry in path.iterdir()) for path in below}
     return {path: count for path, count in counts.items() if count}
 

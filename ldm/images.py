@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from ldm.files import appears_whole
 
-PAGE_PIXELS = 2**26  # of a page of a grid
+PAGE_PIXELS, PAGE_HEIGHT = 2**26, 2**14  # of a page of a grid, at most: what programs can show
 logger = logging.getLogger(__name__)
 
 
@@ -83,7 +83,8 @@ class GridPages:
     def add(self, images: Sequence[np.ndarray]) -> None:
         """(H, W, 3) uint8 each, of one size."""
         for image in images:
-            rows = max(1, PAGE_PIXELS // (self.columns * image.shape[0] * image.shape[1]))
+            height, width, _ = image.shape
+            rows = max(1, min(PAGE_PIXELS // (self.columns * height * width), PAGE_HEIGHT // height))
             self._images.append(image)
             if len(self._images) == rows * self.columns:
                 self.save()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.config import PRECISIONS, ConfigError, ModelConfig
+from ldm.config import PRECISIONS, ModelConfig
 from ldm.device import is_dry_run
 from ldm.fields import (
     DETERMINISTIC_HELP,
@@ -29,6 +29,7 @@ from ldm.fields import (
     value_option,
 )
 from ldm.other_names import TRAINING
+from ldm.values import ConfigError
 from ldm.versions import VERSIONS, official_file, version_from_environment
 
 
@@ -263,12 +264,14 @@ class TrainOptions:
         required = ["instance_data_dir", "instance_prompt"]
         required += ["class_data_dir", "class_prompt"] if self.with_prior_preservation else []
         for name in required:
-            if not getattr(self, name):
+            if not (getattr(self, name) or "").strip():
                 more = " with prior preservation (or give --with_prior_preservation=False)"
                 why = more if name.startswith("class") else ""
                 raise ConfigError(f"--{name} is missing: it is required{why}")
         classes = self.class_data_dir if self.with_prior_preservation else None
         check_folders(self.instance_data_dir, classes, self.output_path)
+        if self.resume not in (None, "latest") and not Path(self.resume).is_dir():
+            raise ConfigError(f"resume must be latest, or a folder states/step_* of a run, got {self.resume}")
         if self.end_learning_rate is not None and not self.decay_steps:
             raise ConfigError("end_learning_rate is set but decay_steps is 0: give --decay_steps too")
         check_version(self.version)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.config import PRECISIONS, ConfigError, require_file
+from ldm.config import PRECISIONS
 from ldm.device import is_dry_run
 from ldm.fields import (
     DETERMINISTIC_HELP,
@@ -21,6 +21,7 @@ from ldm.fields import (
     require_weights,
 )
 from ldm.other_names import DRAWING
+from ldm.values import ConfigError, require_file
 from ldm.versions import VERSIONS, official_file, version_from_environment
 
 TINY = (

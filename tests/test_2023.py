@@ -12,10 +12,11 @@ from conftest import ROOT, write_pictures
 from omegaconf import OmegaConf
 
 from ldm.command_line import parse_options
-from ldm.config import ConfigError, read_model_config
+from ldm.config import read_model_config
 from ldm.mindone_config import say_what_is_new
 from ldm.options import TrainOptions
 from ldm.sample_options import SampleOptions
+from ldm.values import ConfigError
 
 JSON_OF_JULY = {
     "model_config": "configs/train_dreambooth_sd_v2.yaml", "pretrained_model_path": "models/",

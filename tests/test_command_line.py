@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ldm.command_line import Ending, Interrupted, make_parser, start_logging
+from ldm.command_line import Ending, Interrupted, Pace, duration, make_parser, start_logging
 from ldm.options import TrainOptions
 from ldm.sample_options import SampleOptions
 
@@ -73,3 +73,41 @@ def test_help_says_what_is_required_and_gives_an_example(cls):
     text = make_parser(cls).format_help()
     assert "example:\n  python " in text and "[none]" not in text.lower() and "lora_ft_unet" not in text
     assert text.count("[required]") == (2 if cls is TrainOptions else 0)
+
+
+class Gone:
+    """A terminal that was closed, or a pipe whose reader has ended."""
+
+    def write(self, text) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self) -> None:
+        raise OSError(5, "Input/output error")
+
+
+def test_work_goes_on_where_nobody_reads_the_log(tmp_path, monkeypatch):
+    before = logging.getLogger().handlers[:]
+    monkeypatch.setattr(sys, "stderr", Gone())
+    try:
+        start_logging("INFO", tmp_path / "caf\udce9.log")
+        logging.getLogger("x").info("hello caf\udce9")
+        with pytest.raises(SystemExit) as stop, Ending("train_dreambooth.py", can_be_resumed=True):
+            raise Interrupted(129)
+    finally:
+        logging.getLogger().handlers[:] = before
+    assert stop.value.code == 129
+    assert "INFO hello caf\\udce9" in (tmp_path / "caf\udce9.log").read_text()
+
+
+def test_how_long_it_takes_is_said_once(caplog, monkeypatch):
+    clock = iter(range(0, 1000, 30))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    with caplog.at_level(logging.INFO):
+        for steps in (104, 9):
+            pace = Pace(steps, f"{steps} images")
+            for _ in range(steps):
+                pace()
+    assert caplog.messages == ["104 images: about 17 min more (10 s a step)"]
+    assert [duration(seconds) for seconds in (9, 99, 100, 5999, 12600)] == [
+        "9 s", "99 s", "2 min", "100 min", "3.5 h",
+    ]  # fmt: skip

@@ -4,6 +4,7 @@ words.
 
 import io
 import logging
+import os
 import struct
 import zlib
 
@@ -13,7 +14,7 @@ from conftest import write_pictures
 from PIL import Image, ImageCms, PngImagePlugin
 
 from ldm import images
-from ldm.image_files import read_image
+from ldm.image_files import read_image, where_images_lie
 from ldm.training import samples
 
 SIZE = (40, 30)
@@ -98,6 +99,7 @@ REFUSED = {  # file name -> content, words of the error
     "IMG_0002": (b"\0\0\0\x18ftypheic", "images in HEIC are not read"),
     "page.jpg": (b"<!DOCTYPE html><p>Sign in", r"not a readable image \(a web page"),
     "lfs.png": (b"version https://git-lfs.github.com/spec/v1\n", "a Git-LFS pointer: fetch the file"),
+    "float.tiff": (encoded(Image.new("F", SIZE), "TIFF"), "its numbers are floating-point"),
     "psd.jpg": (b"8BPS\0\1", "images in Photoshop's format are not read"),
 }
 
@@ -139,6 +141,20 @@ def test_a_damaged_exif_block_costs_the_rotation_at_most(tmp_path, caplog, kind)
         assert read_image(path).size == SIZE
     if kind != "JPEG":  # of which Pillow takes a cut block for an empty one
         assert caplog.text.count("a: its EXIF data is damaged: read as it is, not rotated") == 1
+
+
+def test_what_lies_beside_images_is_left_out(tmp_path, caplog):
+    """What file managers, notebooks and network drives leave there; a pipe, whose content never ends."""
+    (good,) = write_pictures(tmp_path, 1)
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in (".DS_Store", "._a.png", "Thumbs.db", "a.txt", "m.mp4", "b.svg"):
+        (tmp_path / name).write_bytes(b"BM and more")
+    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
+        write_pictures(tmp_path / name, 1)
+    with caplog.at_level(logging.INFO):
+        assert samples.load_instance_images(tmp_path) == [good]
+    assert "1 images (left out: 3 hidden files, 2 sub-folders, 5 other files)" in caplog.text
+    assert where_images_lie(tmp_path) == ""
 
 
 def test_a_photo_of_200_megapixels(tmp_path):

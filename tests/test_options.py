@@ -10,11 +10,12 @@ import pytest
 from conftest import ROOT, write_pictures
 
 from ldm.command_line import parse_options
-from ldm.config import ConfigError, read_mapping, read_model_config
+from ldm.config import read_mapping, read_model_config
 from ldm.fields import SAMPLER_NAMES, lora_target_names
 from ldm.options import TrainOptions
 from ldm.other_names import DRAWING, NOTHING, TRAINING
 from ldm.sample_options import SampleOptions
+from ldm.values import ConfigError
 
 REFERENCE_DEFAULTS = dict(
     mode=0, use_parallel=False, train_config="configs/train_dreambooth_sd_v2.json", output_path="output",
@@ -88,6 +89,7 @@ def test_booleans(files, text, value):
 
 
 def test_spellings(files):
+    assert train(files, "--seed=9007199254740993").seed == 2**53 + 1  # no float has room for it
     assert train(files, "--scale=3").guidance_scale == 3
     assert train(files, "--log_level=logging.WARNING").log_level == "WARNING"
     assert train(files, "--betas", "0.5", "0.6").betas == train(files, "--betas=0.5,0.6").betas == (0.5, 0.6)
@@ -116,6 +118,9 @@ MISTAKES = {
     "--lora_targets=attention+convs": "lora_targets",
     "--lora_ft_unet=False": "the UNet is always trained",
     "--instance_prompt=": "--instance_prompt is missing",
+    "--instance_prompt=  ": "--instance_prompt is missing",
+    "--resume=Latest": "resume must be latest, or a folder states/step_* of a run, got Latest",
+    "--start_learning_rate": "a value that begins with a dash is given as --NAME=VALUE",
     "--instance_data_dir=/nowhere": "no such folder",
     "--pretrained_model_file=other.ckpt": "no such file or folder; see models/README.md",
     "--end_learning_rate=1e-7": "give --decay_steps too",
@@ -234,7 +239,8 @@ def test_text_of_a_terminal_whose_locale_python_does_not_know(files, capsys):
 
 @pytest.mark.parametrize("text, wanted", [
     ("epohcs: 3", "unknown option epohcs; did you mean epochs?"), ("epochs: [1]", "must be a whole number"),
-    ("- 1", "must hold `key: value` pairs"),
+    ("- 1", "must hold `key: value` pairs"), ("epochs: 1\nepochs: 2", "duplicate key epochs"),
+    ("scale: 1\nguidance_scale: 2", "guidance_scale is given twice, the second time as guidance_scale"),
     ("a: [", "not readable"), ("seed: !!python/object/apply:os.system ['true']", "not readable"),
     ("seed: ${oc.env:NOWHERE}", "not readable"),
 ])  # fmt: skip

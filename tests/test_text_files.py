@@ -5,9 +5,10 @@ import dataclasses
 
 import pytest
 
-from ldm.config import ConfigError, read_mapping
+from ldm.config import read_mapping
 from ldm.sample_options import SampleOptions
 from ldm.text_files import NotText, read_lines, read_text
+from ldm.values import ConfigError
 from text_to_image import read_prompts
 
 TEXT = "a dog – žluťoučký 犬 🐕\na cat"

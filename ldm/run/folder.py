@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import IO
 
 from ldm.command_line import start_logging
-from ldm.config import ConfigError, ModelConfig
+from ldm.config import ModelConfig
 from ldm.files import cache_folder, lock, remove_partial_files, write_text
 from ldm.options import TrainOptions
 from ldm.ranks import Ranks
 from ldm.run.checkpoints import Checkpoints, own_checkpoints
 from ldm.run.recipe import Start, find_start, results, resumes_here, write_record
 from ldm.run.states import States
+from ldm.values import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,11 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.config import ConfigError, ModelConfig
+from ldm.config import ModelConfig
 from ldm.files import fingerprint, write_text
 from ldm.options import TrainOptions
 from ldm.run.states import State, States, read_state
+from ldm.values import ConfigError
 from ldm.weights.lora_files import find_lora
 
 RECORD = "run.json"

@@ -1,11 +1,11 @@
-"""What happens at Ctrl-C and at SIGTERM.
+"""What happens at Ctrl-C, at SIGTERM, and when the terminal is closed (SIGHUP).
 
 Before training a signal ends the command at once: no update is in hand, and files appear whole or not at all.
 While it trains (`postponed`), the first signal is only noted. The update ends; `requested` tells it
 to all processes, which agree on it even if only one of them got the signal; the command saves a state and
 calls `exit`. In the last update nothing is left to stop: the run ends as if it had not been asked. A second
-signal ends the command at once. The exit status is the shell's, 130 or 143, and `ldm.command_line.Ending`
-prints how to continue.
+signal ends the command at once. The exit status is the shell's, 130, 143 or 129, and
+`ldm.command_line.Ending` prints how to continue. Under nohup, which ignores SIGHUP, it stays ignored.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """The handlers of SIGINT and SIGTERM.
+    """The handlers of SIGINT, SIGTERM and SIGHUP.
 
     To be made before any thread is started, so before NumPy is imported. MindSpore puts a handler of its own
     for SIGINT in place with every graph that it runs, which turns it into SIGTERM. So SIGINT is blocked, and
@@ -31,7 +31,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._is_postponed = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for number in (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if not is_ignored else ())):
             signal.signal(number, self._handle)
         signal.signal(signal.SIGUSR1, lambda _, frame: self._handle(signal.SIGINT, frame))
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from ldm.command_line import Pace
-from ldm.config import ConfigError, ModelConfig
+from ldm.config import ModelConfig
 from ldm.files import folder_to_itself, write_text
 from ldm.image_files import NOTE, list_images, read_image, where_images_lie
 from ldm.images import save_image
@@ -18,6 +18,7 @@ from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.options import TrainOptions
 from ldm.ranks import Ranks
 from ldm.sampling.text_to_image import Sampling, TextToImage
+from ldm.values import ConfigError
 from ldm.weights.lora_merge import fingerprint_of
 
 OWN = re.compile(r"class_\d{5,}\.png")

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from ldm.config import ConfigError, ModelConfig
+from ldm.config import ModelConfig
 from ldm.fields import lora_target_names
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.networks.lora import Size, add_lora
 from ldm.options import TrainOptions
 from ldm.random_streams import LORA, stream
+from ldm.values import ConfigError
 from ldm.weights.lora_files import Lora, read_lora
 from ldm.weights.lora_merge import fingerprint_of, require_same_version
 from ldm.weights.lora_units import DOWN, UP, Unit, units_of

@@ -7,9 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
-from ldm.config import ConfigError, ModelConfig, model_config_from, read_mapping, read_model_config
+from ldm.config import ModelConfig, model_config_from, read_mapping, read_model_config
 from ldm.device import start_device
 from ldm.schedule import NoiseSchedule
+from ldm.values import ConfigError
 from ldm.versions import VERSIONS, configurations
 from ldm.weights.arrays import Arrays
 from ldm.weights.diffusers_folder import config_of_folder

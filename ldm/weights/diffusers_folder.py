@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ldm.config import (
     AutoencoderConfig,
-    ConfigError,
     ModelConfig,
     ScheduleConfig,
     TextEncoderConfig,
@@ -16,6 +15,7 @@ from ldm.config import (
     check_model_config,
 )
 from ldm.tokenizer import Tokenizer
+from ldm.values import ConfigError
 from ldm.weights.arrays import Arrays, Made, Renamed
 from ldm.weights.layouts import DIFFUSERS, as_named_in
 

@@ -104,6 +104,7 @@ def _kinds_by_name(arrays: Arrays) -> Iterator[tuple[bool, str]]:
     def contains(*parts: str) -> bool:
         return any(part in name for part in parts for name in arrays)
 
+    yield not begins, "it has no weights in it: get it again"
     yield (
         contains("lora_down", "lora_up", ".lora_A.") or has("lora_"),
         (

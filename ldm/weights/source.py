@@ -11,6 +11,7 @@ from pathlib import Path
 from ldm.config import ModelConfig
 from ldm.device import settle_precision
 from ldm.files import sha256_of
+from ldm.values import absent
 from ldm.weights.arrays import Arrays, Joined
 from ldm.weights.digests import DIGESTS, recorded_digests
 from ldm.weights.mindspore_ckpt import read_ckpt
@@ -72,7 +73,9 @@ def open_weights(path: Path, variant: str | None = None, use_averages: bool = Fa
     if path.is_dir():
         return _open_folder(path, variant, use_averages)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path}: no such file; see models/README.md for where to get it")
+        raise FileNotFoundError(
+            f"checkpoint {path}: {absent(path)}; see models/README.md for where to get it"
+        )
     compare_digest(path)
     arrays = read_file(path)
     return Source(path, [path], arrays, global_step=getattr(arrays, "global_step", None))
@@ -94,6 +97,8 @@ def read_file(path: Path) -> Arrays:
             return read_ckpt(path)
     except ValueError as error:
         reason = str(error).splitlines()[0]
+        if "file not fully covered" in reason:
+            reason = "it is not as long as its header says: a download that was cut off"
         advice = "" if "not read" in reason or "not supported" in reason else "; get it again"
         raise ValueError(f"{path}: not a readable weight file ({reason}){advice}") from None
     return read_torch_file(path)
@@ -116,6 +121,8 @@ def _what_else(head: bytes) -> str | None:
             "is a web page, not a weight file: the site answered with an error or wants you to log in or to "
             "accept a licence; download it again in a browser"
         )
+    if re.match(rb'.{8}\{"[^"]+": ?\{', head, re.DOTALL):
+        return "is the beginning of a safetensors file: the download was cut off; get it again"
     if head.startswith(b"GGUF"):
         return "is a GGUF file, whose numbers are quantized: get the model as safetensors"
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and not is_torch_file(head):

@@ -169,9 +169,10 @@ def read(kind: str, path: Path):
     Raises ValueError, its own error.
     """
     from ldm.command_line import parse_options
-    from ldm.config import ConfigError, read_model_config
+    from ldm.config import read_model_config
     from ldm.image_files import read_image
     from ldm.options import TrainOptions
+    from ldm.values import ConfigError
     from ldm.weights.diffusers_folder import config_of_folder, folder_files
     from ldm.weights.source import read_file, read_json
 

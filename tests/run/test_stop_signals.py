@@ -26,9 +26,12 @@ def status_of(number):
 signals = StopSignals()
 with signals.postponed():
     print(status_of(signal.SIGTERM), signals.received == signal.SIGTERM, status_of(signal.SIGINT))
-print(status_of(signal.SIGTERM), StopSignals().received, status_of(signal.SIGINT))
+print(status_of(signal.SIGTERM), StopSignals().received, status_of(signal.SIGINT), status_of(signal.SIGHUP))
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+StopSignals()
+print(status_of(signal.SIGHUP))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["None True 130", "143 None 130"]
+    assert done.stdout.splitlines() == ["None True 130", "143 None 130 129", "None"]

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, write_pictures
 
-from ldm.config import ConfigError
 from ldm.files import folder_to_itself
 from ldm.image_files import NOTE
 from ldm.options import TrainOptions
 from ldm.ranks import ALONE, Ranks
 from ldm.sampling.class_images import ClassImages, generate_class_images, valid_images
 from ldm.sampling.text_to_image import Sampling
+from ldm.values import ConfigError
 
 SETTINGS = Sampling("ddim", steps=2, guidance_scale=2.0, height=32, width=32)
 OPTIONS = TrainOptions(class_prompt="a dog", seed=1, sample_batch_size=2)

@@ -13,9 +13,9 @@ from peft import LoraConfig
 from torch_training import torch_training
 from trainings import OPTIONS, make_samples, make_trainer
 
-from ldm.config import ConfigError
 from ldm.training.lora import plan_lora
 from ldm.training.trained import make_trainable
+from ldm.values import ConfigError
 from ldm.weights.arrays import as_numpy
 from ldm.weights.lora_units import DOWN, UP
 

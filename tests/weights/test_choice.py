@@ -8,9 +8,10 @@ import pytest
 from conftest import ROOT, SHALLOW, official_table, random_model, weights_as_arrays
 
 from ldm.command_line import parse_options
-from ldm.config import ConfigError, read_model_config
+from ldm.config import read_model_config
 from ldm.options import TrainOptions
 from ldm.sample_options import SampleOptions
+from ldm.values import ConfigError
 from ldm.versions import VERSIONS, configurations
 from ldm.weights.arrays import ArraysInMemory
 from ldm.weights.choice import choose_config

@@ -9,7 +9,8 @@ import torch
 from conftest import SHALLOW, random_model, weights_as_arrays
 from safetensors.torch import save_file
 
-from ldm.config import ConfigError, ModelConfig
+from ldm.config import ModelConfig
+from ldm.values import ConfigError
 from ldm.weights.choice import choose_config
 from ldm.weights.diffusers_folder import config_of_folder, folder_files
 from ldm.weights.source import open_weights
@@ -22,11 +23,20 @@ FILES = {
     "web page": (b"\n<!DOCTYPE html><html><head>", "is a web page, not a weight file"),
     "error of a site": (b'{"error": "gated repository"}', "is a web page, not a weight file"),
     "empty": (b"", "is empty: the download was cut off"),
+    "safetensors cut in its header": (
+        (1000).to_bytes(8, "little") + b'{"a.weight":{"dtype":"F32","shape":[2,',
+        "is the beginning of a safetensors file: the download was cut off",
+    ),
+    "safetensors cut in its values": (
+        (55).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}' + bytes(9),
+        "is not as long as its header says: a download that was cut off",
+    ),
     "GGUF": (b"GGUF\x03\0\0\0", "is a GGUF file, .*: get the model as safetensors"),
     "bare pickle": (b"\x80\x04\x95\x10\0\0\0", "is a bare Python pickle, .*: not run"),
     "text": (b"hello", "not a readable weight file"),
 }
 ENTRIES = {
+    "nothing": ({}, "it has no weights in it: get it again"),
     "XL": ({"conditioner.embedders.1.model.ln_final.weight": (1280,), f"{UNET}label_emb.0.0.weight": (4, 4)},
            "this is Stable Diffusion XL"),
     "XL refiner": ({"conditioner.embedders.0.model.ln_final.weight": (1280,),
