@@ -9,6 +9,7 @@ the command with one line and status 2, before any network is built.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import shlex
@@ -61,6 +62,8 @@ class Ending:
         if isinstance(error, USERS_ERRORS):
             who = f"{self.command}: rank {self.rank}" if self.size > 1 else self.command
             message = " ".join(str(error).split()) or type(error).__name__
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                message += "; make room: `df` tells what is full, `df -i` whether of files (inodes)"
             _say(f"{who}: error: {message}")
             if self.size > 1:
                 os._exit(2)

@@ -3,6 +3,7 @@ again.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -184,9 +185,12 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def _to_disk(folder: Path) -> None:
-    """Wait until a folder's names are on the disk."""
+    """Wait until a folder's names are on the disk, where its file system can say so."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of drives in a network or in user space
+            raise
     finally:
         os.close(handle)

@@ -48,6 +48,11 @@ def test_an_error_of_the_user_is_one_line_and_status_2(error, capsys):
     assert ended(error, capsys) == (2, "train_dreambooth.py: error: no such thing\n")
 
 
+def test_a_full_disk_says_where_to_look(capsys):
+    error = OSError(28, "No space left on device", "out/.a.part")
+    assert ended(error, capsys)[1].endswith("`df -i` whether of files (inodes)\n")
+
+
 def test_a_signal_has_the_shells_status_and_says_how_to_continue(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_dreambooth.py", "--class_prompt=a dog"])
     for number in (signal.SIGINT, signal.SIGTERM):

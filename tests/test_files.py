@@ -1,14 +1,18 @@
 """Files that appear whole or not at all, and what is left of those that do not."""
 
 import os
+import stat
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from ldm import files
 from ldm.files import (
     appears_whole,
+    cache_folder,
     fingerprint,
     folder_appears_whole,
     partial_path,
@@ -86,3 +90,35 @@ def test_a_fingerprint_is_of_names_and_contents(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_bytes(b"1"), b.write_bytes(b"1")
     assert len({fingerprint([a]), fingerprint([b]), fingerprint([a, b]), fingerprint([])}) == 4
+    a.rename(tmp_path / "caf\udce9")  # a name that is no UTF-8
+    assert fingerprint([tmp_path / "caf\udce9"]) != fingerprint([b])
+
+
+def test_a_file_system_that_cannot_say_when_names_are_on_the_disk(tmp_path, monkeypatch):
+    """A drive in a network or in user space; an error of the disk is one all the same."""
+    fsync = files.os.fsync
+
+    def refuse(handle, number=22):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, "fsync")
+        fsync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    write_text(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text() == "x"
+    monkeypatch.setattr(files.os, "fsync", lambda handle: refuse(handle, 5))
+    with pytest.raises(OSError):
+        write_text(tmp_path / "b", "x")
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "dreambooth-mindspore"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_folder() == Path("/home/me/.cache/dreambooth-mindspore")
+    # a relative one is to be ignored; and a user whom a container does not know has no home
+    monkeypatch.setattr(files.os.path, "expanduser", lambda path: path)
+    for given in ("here", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert cache_folder() == Path(tempfile.gettempdir(), f"cache-{os.getuid()}", "dreambooth-mindspore")

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 
@@ -205,21 +206,32 @@ def test_the_smallest_training(place):
 
 
 def test_folders_that_cannot_be_written_to(place):
-    """/sys refuses new folders to the superuser, too.
-
-    Caches that cannot be written cost time, nothing else.
-    """
+    """/sys refuses new folders to the superuser, too."""
     for option in ("output_path", "class_data_dir"):
         errors = train(
             place, "--output_path=read only", f"--{option}=/sys/dreambooth", status=2
         ).stderr.splitlines()
         assert errors[-1].startswith("train_dreambooth.py: error: ") and "/sys/dreambooth" in errors[-1]
         assert not any("Traceback" in line for line in errors)
-    done = run(
-        place, *train_arguments(), "--output_path=no cache", "--epochs=1", XDG_CACHE_HOME="/sys/dreambooth"
-    )
-    assert (place / "no cache/dreambooth_epoch_1.ckpt").exists()
+
+
+def test_a_poor_place_to_work_in(place):
+    """No cache that can be written, which costs time and nothing else; no home, no locale, no terminal, a
+    narrow screen; names with a line break, patterns and bytes that are no UTF-8.
+    """
+    output = place / "no\ncache [1]* {2} 100% caf\udce9"
+    pictures = place / "[1] caf\udce9"
+    shutil.copytree(place / "my dog", pictures)
+    next(pictures.iterdir()).rename(pictures / "a\nb caf\udce9.png")
+    poor = {"XDG_CACHE_HOME": "/sys/dreambooth", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    poor |= {"HOME": "", "COLUMNS": "40", "TERM": "dumb"}
+    words = f"--output_path={output}", f"--instance_data_dir={pictures}", "--instance_prompt=a sks café"
+    done = run(place, *train_arguments(), *words, "--epochs=1", **poor)
+    assert (output / "dreambooth_epoch_1.ckpt").exists() and "Traceback" not in done.stderr
     assert "latents are not kept" in done.stderr and "compile cache not used" in done.stderr
+    assert "caf\\udce9" in (output / "train.log").read_text()
+    noted = json.loads((output / "effective_config.json").read_text())["options"]
+    assert noted["instance_prompt"] == "a sks café" and noted["instance_data_dir"] == str(pictures)
 
 
 def test_larger_pictures(place):

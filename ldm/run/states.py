@@ -91,7 +91,8 @@ class States:
 
     def paths(self) -> list[Path]:
         """Complete states, the oldest first."""
-        found = [path for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+        there = [path for path in self.folder.glob("step_*") if path.is_dir()]
+        found = [path for path in there if re.fullmatch(r"step_\d+", path.name)]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
     def latest(self) -> State | None:

@@ -106,6 +106,15 @@ def test_damage_is_found_and_skipped(saved, caplog):
     assert saved.latest() is None
 
 
+def test_what_is_no_state_stays(saved):
+    """A file of a user's, and folders with other names."""
+    (saved.folder / "step_5").write_text("mine")
+    (saved.folder / "step_abc").mkdir()
+    assert saved.latest().progress == {"global_step": 3}
+    saved.save({"a": np.zeros((2, 3), np.float32)}, {"global_step": 4}, ORIGIN)
+    assert (saved.folder / "step_5").read_text() == "mine" and (saved.folder / "step_abc").exists()
+
+
 def test_a_state_that_is_written_again_replaces_the_first(saved):
     saved.save({"a": np.zeros((2, 3), np.float32)}, {"global_step": 3}, ORIGIN)
     assert not saved.latest().arrays()["a"].any() and len(saved.paths()) == 2
@@ -147,6 +156,7 @@ def test_when_a_state_is_due(tmp_path, monkeypatch):
     """
     now = [0.0]
     monkeypatch.setattr(states_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(states_module.time, "time", lambda: -now[0])  # a clock that jumps changes nothing
     states, every, never = (States(tmp_path / "states", 1, minutes) for minutes in (15, 0, None))
     now[0] = 400.0
     states.start_clock()
