@@ -1,22 +1,22 @@
 """Generate images from prompts with a Stable Diffusion 2 checkpoint. `--help` lists the options."""
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ldm import images
 from ldm.command_line import Ending, Pace, parse_options, progress_bar, start_logging
-from ldm.device import log_device
-from ldm.run.compile_cache import CompileCache
 from ldm.sample_options import SampleOptions
 from ldm.text_files import read_lines
 from ldm.values import ConfigError
-from ldm.weights.choice import open_model, put_on_device
-from ldm.weights.source import Source
+
+if TYPE_CHECKING:
+    from ldm.run.compile_cache import CompileCache
+    from ldm.weights.source import Source
 
 logger = logging.getLogger("text_to_image")
 
@@ -25,13 +25,17 @@ def main(argv: list[str] | None = None) -> None:
     with Ending("text_to_image.py"):
         options = parse_options(SampleOptions, argv).kept_apart()
         start_logging(options.log_level)
+        # what needs NumPy or MindSpore, which a typing error need not wait for
+        from ldm.device import log_device
+        from ldm.run.compile_cache import CompileCache
+        from ldm.weights.choice import open_model, put_on_device
+
         source = open_model(options)
         config = source.config
         options = replace(options, H=options.H or config.image_size, W=options.W or config.image_size)
         config.check_size(H=options.H, W=options.W)
         config.check_steps(options.sampling_steps)
         prompts = read_prompts(options)
-        # imports mindspore, which a typing error need not wait for
         options, source = put_on_device(options, source)
         log_device(options.precision)
         facts = {
@@ -68,7 +72,7 @@ def read_prompts(options: SampleOptions) -> list[tuple[str, str]]:
     return [(prompt, negative) for prompt, negative in pairs if prompt or not options.data_path]
 
 
-def load_pipeline(options: SampleOptions, source: Source) -> Callable[..., np.ndarray]:
+def load_pipeline(options: SampleOptions, source: Source) -> Callable:
     from ldm.networks.latent_diffusion import build_model
     from ldm.sampling import text_to_image
     from ldm.sampling.prediction import check_prediction
@@ -91,6 +95,7 @@ def generate_and_save(
     graphs: CompileCache,
 ) -> None:
     """Prompt by prompt: programs that judge images give each prompt a block of the numbered files."""
+    from ldm import images
     from ldm.sampling.text_to_image import Sampling
 
     count, rounds = options.n_samples, options.n_iter
@@ -98,14 +103,9 @@ def generate_and_save(
     text = "%d images to come (prompts %d, n_iter %d, n_samples %d), %d steps each of %s"
     logger.info(text, total, len(prompts), rounds, count, steps, options.sampler_name)
     settings = Sampling(
-        options.sampler_name,
-        steps,
-        options.guidance_scale,
-        options.H,
-        options.W,
-        options.ddim_eta,
+        options.sampler_name, steps, options.guidance_scale, options.H, options.W, options.ddim_eta,
         options.timestep_spacing,
-    )
+    )  # fmt: skip
     folder, number = grid_folder(output), 0
     grid = images.GridPages(
         folder, "grid-" if folder == output else f"{output.name}-grid-", options.n_rows or count

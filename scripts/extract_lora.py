@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+import ldm  # noqa: F401 (first: it says which packages are missing)
+
+# isort: split
 import numpy as np
 from convert_checkpoint import add_reading_options, open_whole
 from convert_lora import add_writing_options, require_new, write
