@@ -237,8 +237,7 @@ def collect(cls, given: dict, source: str) -> dict:
     result = {}
     for key, value in given.items():
         name = names[key]
-        if name in result:
-            raise ConfigError(f"{source}: {name} is given twice, the second time as {key}: leave one out")
+        before = result.get(name)
         if name == "log_level" and isinstance(value, str):
             value = value.removeprefix("logging.").upper()
         result[name] = parse_value(value, specs[name].type, f"{source}: {name}")
@@ -247,6 +246,10 @@ def collect(cls, given: dict, source: str) -> dict:
         elif isinstance(result[name], str):
             result[name] = _as_text(result[name], f"{source}: {name}")
         _check_bounds(specs[name], result[name])
+        if before not in (None, result[name]):
+            raise ConfigError(
+                f"{source}: {name} is given twice, {before} and, as {key}, {result[name]}: leave one out"
+            )
     return result
 
 

@@ -5,10 +5,12 @@ A dataclass field is the flag, the key of a configuration file, the type, the de
 and it says what depends on it. `ldm.command_line` turns flags and files into these objects.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 
+from ldm.config import PROGRAM
 from ldm.values import ConfigError, absent, nearest
 from ldm.versions import VERSIONS
 
@@ -61,6 +63,11 @@ def value_option(default, group: str, text: str, **more):
 def require_weights(path: Path, hint: str) -> None:
     if not path.exists():
         raise ConfigError(f"checkpoint {path}: {absent(path, 'no such file or folder')}; {hint}")
+
+
+def beside_program(path: str) -> str:
+    """A path of this program's as one types it where one is, for a command to try."""
+    return path if Path.cwd() == PROGRAM else shlex.quote(str(PROGRAM / path))
 
 
 def check_version(version: str | None) -> None:

@@ -20,6 +20,7 @@ from ldm.fields import (
     SAVE_FORMATS,
     TIMESTEPS,
     VERSION_HELP,
+    beside_program,
     check_folders,
     check_version,
     lora_target_names,
@@ -275,7 +276,7 @@ class TrainOptions:
         if self.end_learning_rate is not None and not self.decay_steps:
             raise ConfigError("end_learning_rate is set but decay_steps is 0: give --decay_steps too")
         check_version(self.version)
-        tiny = " (or try the embedded model: bash scripts/demo.sh)"
+        tiny = f" (or try the embedded model: bash {beside_program('scripts/demo.sh')})"
         is_default = (self.pretrained_model_path, self.pretrained_model_file) == ("models/", None)
         hint = "see models/README.md for where to get it"
         require_weights(self.checkpoint, hint + tiny if is_default else hint)

@@ -16,6 +16,7 @@ from ldm.fields import (
     SAMPLER_NAMES,
     TIMESTEPS,
     VERSION_HELP,
+    beside_program,
     check_version,
     option,
     require_weights,
@@ -23,11 +24,6 @@ from ldm.fields import (
 from ldm.other_names import DRAWING
 from ldm.values import ConfigError, require_file
 from ldm.versions import VERSIONS, official_file, version_from_environment
-
-TINY = (
-    'python text_to_image.py --ckpt_path=models/tiny_sd_v2.safetensors --prompt="a red car on the beach" '
-    "--guidance_scale=3"
-)
 
 
 @dataclass(frozen=True)
@@ -184,5 +180,7 @@ class SampleOptions:
         check_version(self.version)
         hint = "give --ckpt_path (see models/README.md)"
         if not self.ckpt_path:
-            hint += f"; or try the embedded model: {TINY}"
+            program, tiny = map(beside_program, ("text_to_image.py", "models/tiny_sd_v2.safetensors"))
+            hint += f"; or try the embedded model: python {program} --ckpt_path={tiny} "
+            hint += '--prompt="a red car on the beach" --guidance_scale=3'
         require_weights(self.checkpoint, hint)
