@@ -98,7 +98,7 @@ def read_file(path: Path) -> Arrays:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         if "file not fully covered" in reason:
-            reason = "it is not as long as its header says: a download that was cut off"
+            reason = "it is not as long as its header says"
         advice = "" if "not read" in reason or "not supported" in reason else "; get it again"
         raise ValueError(f"{path}: not a readable weight file ({reason}){advice}") from None
     return read_torch_file(path)
