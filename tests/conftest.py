@@ -175,6 +175,15 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def files(tmp_path):
+    """A complete set of arguments; the options file is empty."""
+    write_pictures(tmp_path / "instance", 1)
+    (tmp_path / "base.ckpt").write_bytes(b"x")
+    (tmp_path / "train.yaml").write_text("{}\n")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def pipeline() -> TextToImage:
     """Of a small random model; its graphs are compiled once."""

@@ -76,9 +76,10 @@ class Checkpoints:
             return [self.folder / f"dreambooth_lora_{name}{ending}.safetensors" for ending in endings]
         return [self.folder / f"dreambooth_{name}{ending}{SUFFIXES[self.format]}" for ending in endings]
 
-    def there(self, kind: str) -> bool:
+    def are_there(self) -> bool:
         """Whether any is on the disk, of an epoch or of a step."""
-        return any(path.exists() for paths in own_checkpoints(self.folder, kind).values() for path in paths)
+        own = [own_checkpoints(self.folder, kind) for kind in ("epoch", "step")]
+        return any(path.exists() for numbered in own for paths in numbered.values() for path in paths)
 
     def save(self, name: str, weights: Mapping, averages: Mapping | None) -> list[Path]:
         """Write the weights, and with EMA the averaged ones beside them; then remove what is not kept."""

@@ -103,7 +103,7 @@ class Recorder:
 
     def _say_how_to_draw(self) -> None:
         """Where there is a state, but no checkpoint yet."""
-        if self.ranks.is_first and not any(self.checkpoints.there(kind) for kind in ("epoch", "step")):
+        if self.ranks.is_first and not self.checkpoints.are_there():
             averaged = " --base_was_averaged" * self.options.use_ema_weights
             logger.info(
                 "to draw with what it has learned so far: python scripts/weights_of_state.py %s %s %s%s",

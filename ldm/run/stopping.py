@@ -31,9 +31,10 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._is_postponed = False
-        is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        for number in (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if not is_ignored else ())):
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGHUP, self._handle)
         signal.signal(signal.SIGUSR1, lambda _, frame: self._handle(signal.SIGINT, frame))
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         threading.Thread(target=self._pass_on, daemon=True).start()

@@ -16,6 +16,7 @@ from ldm.random_streams import IMAGE, stream
 from ldm.sampling.samplers import SAMPLERS, Denoiser, timesteps_of
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
+from ldm.weights.arrays import is_finite
 
 
 class Guided(nn.Cell):
@@ -124,11 +125,11 @@ class TextToImage:
 
     def _require_finite(self, values: np.ndarray, source: str) -> np.ndarray:
         """`values`, a row for each image."""
-        broken = [place for place, row in enumerate(values, 1) if not np.isfinite(row).all()]
-        if broken and not is_dry_run():
+        broken = 0 if is_dry_run() else sum(not is_finite(row) for row in values)
+        if broken:
             others = "" if self.config.precision == "float32" else "--precision float32, "
             raise FloatingPointError(
-                f"{source}: NaN or infinite values in {len(broken)} of {len(values)} images, which are not "
+                f"{source}: NaN or infinite values in {broken} of {len(values)} images, which are not "
                 f"saved; try {others}a lower guidance scale, another sampler, or another checkpoint"
             )
         return values

@@ -21,6 +21,7 @@ from ldm.files import appears_whole
 from ldm.networks.autoencoder import AutoencoderKL, Encode
 from ldm.ranks import Ranks
 from ldm.training.samples import Crop, DreamBoothSamples, Sample
+from ldm.weights.arrays import is_finite
 
 FORMAT = 2  # a part of every key: count it up when the encoder's arithmetic or the form of an entry changes
 Moments = Callable[[list[Sample]], np.ndarray]
@@ -50,8 +51,12 @@ class Encoding:
         return cache
 
 
+def _is_sound(entry: np.ndarray) -> bool:
+    return is_dry_run() or is_finite(entry)
+
+
 def _require_finite(entry: np.ndarray, path: Path) -> None:
-    if not np.isfinite(entry).all() and not is_dry_run():
+    if not _is_sound(entry):
         raise FloatingPointError(
             f"{path}: the VAE's latents of it are NaN or infinite: give --precision float32, or, if that is "
             f"the precision, a base checkpoint whose VAE is whole"
@@ -167,7 +172,7 @@ class LatentCache:
             entry = np.load(path, allow_pickle=False)
             if entry.dtype != np.float32 or entry.shape != self.shape:
                 raise ValueError(f"{entry.dtype} {entry.shape} instead of float32 {self.shape}")
-            if not np.isfinite(entry).all() and not is_dry_run():
+            if not _is_sound(entry):
                 raise ValueError("values that are not finite")
             return entry
         except (FileNotFoundError, NotADirectoryError):
