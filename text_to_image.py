@@ -77,14 +77,17 @@ def load_pipeline(options: SampleOptions, source: Source) -> Callable:
     from ldm.sampling import text_to_image
     from ldm.sampling.prediction import check_prediction
     from ldm.weights.checkpoint import load_checkpoint
+    from ldm.weights.embeddings import put_embeddings, read_embedding
     from ldm.weights.lora_merge import read_loras
 
     model = build_model(source.config, fuses_attention=options.flash_attention != "off")
+    words = dict(read_embedding(path, source.config.text_encoder.width) for path in options.embeddings)
     added = read_loras(options.loras, model.parameter_shapes(), source.config, options.lora_rank)
     load_checkpoint(model, source, options.use_ema_weights, added)
+    put_embeddings(model.cond_stage_model.transformer.embedding_table, words)
     check_prediction(model, source)
     model.cast_weights()
-    return text_to_image.TextToImage(model, source.config)
+    return text_to_image.TextToImage(model, source.config, options.guidance_rescale)
 
 
 def generate_and_save(

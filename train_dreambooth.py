@@ -7,7 +7,6 @@ signals are seen to before any thread starts (ldm/run/stopping.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.command_line import Ending, parse_options, progress_bar
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from ldm.ranks import Ranks
     from ldm.run.folder import RunFolder
     from ldm.run.recipe import Start
+    from ldm.subjects import Subject
     from ldm.training.inputs import Inputs
     from ldm.training.lora import LoraPlan
     from ldm.training.progress import Progress
@@ -33,7 +33,7 @@ class Plan:
     options: TrainOptions
     source: Source
     start: Start
-    instance_images: list[Path]
+    subjects: list[Subject]
     progress: Progress
     origin: dict
     model: LatentDiffusion
@@ -64,17 +64,18 @@ def plan(options: TrainOptions, source: Source, folder: RunFolder, ranks: Ranks)
     """Read and decide; None where nothing is left to do. Loads no weights, generates and encodes nothing."""
     from ldm.networks.latent_diffusion import build_model
     from ldm.run.recipe import origin_of
+    from ldm.subjects import load_subjects
     from ldm.training.lora import plan_lora
     from ldm.training.progress import Progress
-    from ldm.training.samples import load_instance_images
     from ldm.training.trained import count_values, settle_recompute
 
     start, config = folder.find_start(), source.config
     model = build_model(config, fuses_attention=options.flash_attention != "off")
     options, lora = plan_lora(options, config, model)
-    images = load_instance_images(Path(options.instance_data_dir))
-    progress = Progress.of(options, len(images), ranks.size)
-    origin = origin_of(options, config, source.files, images, progress.samples_per_update)
+    subjects = load_subjects(options)
+    progress = Progress.of(options, sum(map(len, subjects)), ranks.size)
+    options, stop = options.until(progress.total_updates), progress.updates_of(options.text_encoder_stop)
+    origin = origin_of(options, config, source.files, subjects, progress.samples_per_update, stop)
     start.require_same(origin, options.allow_changed_options)
     start.require_that_it_can_continue(progress.total_updates, folder.path)
     if start.is_done(progress.total_updates) and not start.changes(origin):
@@ -84,7 +85,7 @@ def plan(options: TrainOptions, source: Source, folder: RunFolder, ranks: Ranks)
     values = count_values(model, options.train_text_encoder, lora)
     folder.warn_if_disk_is_too_small(values, progress.checkpoints_to_come(start.global_step), start)
     recompute = settle_recompute(options.recompute, values.bytes_needed, dropout, options.use_lora)
-    return Plan(replace(options, recompute=recompute), source, start, images, progress, origin, model, lora)
+    return Plan(replace(options, recompute=recompute), source, start, subjects, progress, origin, model, lora)
 
 
 def prepare(work: Plan, folder: RunFolder, ranks: Ranks) -> Inputs:
@@ -92,6 +93,7 @@ def prepare(work: Plan, folder: RunFolder, ranks: Ranks) -> Inputs:
     from ldm.run.recipe import origin_of_class_images
     from ldm.sampling.class_images import complete_class_images
     from ldm.sampling.prediction import check_prediction
+    from ldm.subjects import with_prompts
     from ldm.training.inputs import Inputs, encode_prompts
     from ldm.training.latent_cache import Encoding
     from ldm.training.samples import DreamBoothSamples
@@ -102,17 +104,17 @@ def prepare(work: Plan, folder: RunFolder, ranks: Ranks) -> Inputs:
     load_checkpoint(model, work.source, options.use_ema_weights)
     check_prediction(model, work.source)
     show = progress_bar("class images", ranks.is_first)
-    class_images = complete_class_images(options, config, model, ranks, show)
-    work.origin |= (origin := origin_of_class_images(class_images))
+    classes = with_prompts(options, complete_class_images(options, config, model, ranks, show))
+    work.origin |= (origin := origin_of_class_images(classes, options))
     work.start.require_same(origin, options.allow_changed_options)
-    samples = DreamBoothSamples.of(options, work.instance_images, class_images)
+    samples = DreamBoothSamples.of(options, work.subjects, classes)
     moments = Encoding(model.first_stage_model, samples)
     if options.cache_latents:
         count, show = work.progress.total_samples, progress_bar("latents", ranks.is_first)
         moments = moments.cached(config, folder.latents, count, options.train_batch_size, ranks, show)
-    text = encode_prompts(options, config, model.cond_stage_model)
+    text = encode_prompts(options, config, model.cond_stage_model, samples.prompts())
     folder.checkpoints.take_frozen_from(model, options, work.lora and work.lora.writer(options, model))
-    return Inputs(samples, moments, text, config)
+    return Inputs.of(options, samples, moments, text, config)
 
 
 def train(work: Plan, folder: RunFolder, inputs: Inputs, ranks: Ranks, stop: StopSignals) -> None:
@@ -121,16 +123,18 @@ def train(work: Plan, folder: RunFolder, inputs: Inputs, ranks: Ranks, stop: Sto
     from ldm.training.trainer import build_trainer
 
     options, progress, config = work.options, work.progress, work.source.config
+    text_stop, start = progress.updates_of(options.text_encoder_stop), work.start.global_step
     facts = {"config": config, "rank": (ranks.rank, ranks.size), "lora": work.lora and work.lora.sizes}
+    facts["text encoder is frozen"] = text_stop is not None and start >= text_stop
     graphs = CompileCache.open(options.caches_graphs, options.graph_facts() | facts, after=inputs)
-    trainer = build_trainer(work.model, inputs, options, config, ranks, work.lora)
+    trainer = build_trainer(work.model, inputs, options, config, ranks, work.lora, text_stop, start)
     if options.device == "CPU" and ranks.size == 1:
         graphs.restart_if_large(trainer.compile, trainer.bytes_needed)
     recorder = Recorder(folder, trainer, progress, work.origin)
     recorder.resume(work.start.state)
     if trainer.global_step >= progress.total_updates:
         return recorder.say_that_all_is_done()
-    recorder.begin(len(work.instance_images))
+    recorder.begin(work.subjects)
     bar = progress_bar("training", ranks.is_first, "step")(progress.total_updates, trainer.global_step)
     with stop.postponed(), bar:
         try:

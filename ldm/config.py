@@ -21,12 +21,18 @@ from ldm.values import ConfigError, nearest, parse_value, require_file
 
 PROGRAM = Path(__file__).resolve().parents[1]
 LARGEST_CONFIGURATION = 2**20  # bytes
-# fields that came with Stable Diffusion 1 and 2.1: a state of before has not got them
-SINCE_VERSIONS = {"num_heads", "use_linear_projection", "upcast_attention", "activation", "padding"}
+# fields that came with Stable Diffusion 1 and 2.1, and with recipes: a state of before has not got them
+SINCE_VERSIONS = {
+    "num_heads", "use_linear_projection", "upcast_attention", "activation", "padding", "zero_terminal_snr",
+}  # fmt: skip
 # what the readers raise at a damaged file
 UNREADABLE = (
     YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, AttributeError, RecursionError,
 )  # fmt: skip
+ENDS_IN_NOISE = (
+    "zero_terminal_snr needs a model that predicts v (2.0-v, 2.1-v): one that predicts the noise has nothing "
+    "to find in pure noise"
+)
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
 logger = logging.getLogger(__name__)
 
@@ -97,12 +103,15 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The scaled-linear noise schedule and what the UNet predicts: `epsilon` or `v_prediction`."""
+    """The scaled-linear noise schedule and what the UNet predicts: `epsilon` or `v_prediction`; and whether
+    the schedule is rescaled to end in pure noise (Lin et al. 2024).
+    """
 
     timesteps: int
     beta_start: float
     beta_end: float
     prediction_type: str
+    zero_terminal_snr: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,8 @@ class ModelConfig:
         values = dataclasses.asdict(self)
         if values["precision"] != "bfloat16":
             values["use_fp16"] = values.pop("precision") == "float16"
-        for part, cls in (("unet", UNetConfig), ("text_encoder", TextEncoderConfig)):
+        parts = {"unet": UNetConfig, "text_encoder": TextEncoderConfig, "noise_schedule": ScheduleConfig}
+        for part, cls in parts.items():
             for spec in dataclasses.fields(cls):
                 if spec.name in SINCE_VERSIONS and values[part][spec.name] == spec.default:
                     del values[part][spec.name]
@@ -165,8 +175,8 @@ def find_configuration(path: str | Path) -> Path:
     return given
 
 
-def read_mapping(path: str | Path) -> dict:
-    """A JSON or YAML file's top-level mapping. Nothing in it is executed."""
+def read_values(path: str | Path) -> dict | list:
+    """What a JSON or YAML file holds. Nothing in it is executed. Raises ConfigError."""
     path = find_configuration(path)
     try:
         if Path(path).stat().st_size > LARGEST_CONFIGURATION:
@@ -182,6 +192,12 @@ def read_mapping(path: str | Path) -> dict:
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not readable as JSON or YAML: {reason}") from None
+    return loaded
+
+
+def read_mapping(path: str | Path) -> dict:
+    """The values of a JSON or YAML file of `key: value` pairs. Raises ConfigError."""
+    loaded = read_values(path)
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} must hold `key: value` pairs, got a {type(loaded).__name__}")
     return loaded
@@ -232,6 +248,8 @@ def check_model_config(config: ModelConfig, source: str) -> ModelConfig:
         f"got {config.precision}"),
         (config.noise_schedule.prediction_type not in ("epsilon", "v_prediction"),
         "noise_schedule: prediction_type must be epsilon or v_prediction"),
+        (config.noise_schedule.zero_terminal_snr and config.noise_schedule.prediction_type == "epsilon",
+        ENDS_IN_NOISE),
         (config.image_size % config.size_multiple != 0,
         f"image_size must be a multiple of {config.size_multiple}, got {config.image_size}"),
         (not 0 <= unet.dropout < 1, f"unet: dropout must be 0 or more and less than 1, got {unet.dropout}"),

@@ -5,11 +5,13 @@ in which precision.
 mindspore itself is imported by `start_device`, so that --help and a typing error need not wait for it.
 """
 
+import contextlib
 import logging
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -224,3 +226,19 @@ def _in_a_line(error: Exception) -> str:
 
 def _looks_like_an_ascend_host() -> bool:
     return Path("/dev/davinci_manager").exists() or bool(shutil.which("npu-smi"))
+
+
+@contextlib.contextmanager
+def graphs_not_kept() -> Iterator[None]:
+    """What is compiled within is not kept for the next start: MindSpore numbers graphs by their order, so
+    that all starts must compile the same ones.
+    """
+    name = "MS_COMPILER_CACHE_ENABLE"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before

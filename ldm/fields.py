@@ -7,7 +7,7 @@ and it says what depends on it. `ldm.command_line` turns flags and files into th
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import Field, field
 from pathlib import Path
 
 from ldm.config import PROGRAM
@@ -21,6 +21,10 @@ DEVICES = ("auto", "Ascend", "CPU")
 SAVE_FORMATS = ("mindspore", "safetensors", "stability", "diffusers")
 LORA_TARGETS = ("attention", "feed_forward", "projections", "convolutions")
 LORA_FORMATS = ("kohya", "diffusers")
+CAPTIONS = ("none", "text_files", "file_names", "table")
+IMAGE_FITS = ("crop", "pad")
+LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
+OPTIMIZERS = ("adamw", "adam", "adafactor", "lion", "prodigy")
 SAVE_DTYPES = ("float32", "float16", "bfloat16")
 PRECISION_HELP = "of all products; auto: as the YAML says, else float16 on Ascend, float32 on a CPU"
 FORCE_PRECISION_HELP = "take a precision that the device does not compute in"
@@ -58,6 +62,11 @@ def run_option(default, group: str, text: str, **more):
 def value_option(default, group: str, text: str, **more):
     """A value that graphs take as an input, or that decides which inputs they get."""
     return option(default, group, text, shapes_graph=False, **more)
+
+
+def is_left_alone(spec: Field, value) -> bool:
+    """Whether an option that older versions do not know is as they were."""
+    return spec.metadata["group"] in ("captions", "recipes") and value == spec.default
 
 
 def require_weights(path: Path, hint: str) -> None:

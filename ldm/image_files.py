@@ -45,6 +45,8 @@ UPRIGHT = {  # EXIF's orientation: what turns the image
     8: Image.Transpose.ROTATE_90,
 }
 KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")  # repeats and prompt
+MASK = ".mask.png"  # after an image's name
+TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 NOTE = "drawn_from.json"  # beside generated class images, see ldm/sampling/class_images.py
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ def _read(path: Path, file: Path | BytesIO) -> Image.Image:
             raise ValueError("its numbers are floating-point, of no known range: save it as JPEG or PNG")
         if image.mode.startswith("I"):  # 16 bits: PIL's own conversion clips at 255
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        if image.mode in TRANSPARENT or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return _to_srgb(image.convert("RGB"), profile)
@@ -154,6 +156,38 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         return image
 
 
+def mask_file(path: Path) -> Path:
+    """Where the mask of an image lies, if it has one of its own."""
+    return path.with_name(path.stem + MASK)
+
+
+def mask_of(path: Path) -> Image.Image | None:
+    """Where an image shows its subject, white, in shades of grey (L): of `NAME.mask.png` beside it, or, of
+    one that is not opaque, its alpha channel; else None.
+
+    Raises:
+        ValueError: the mask cannot be read, has another shape than the image, or is black.
+    """
+    file = mask_file(path)
+    if file.is_file():
+        mask, sides = read_image(file).convert("L"), read_image(path).size
+        if abs(mask.width * sides[1] / (mask.height * sides[0]) - 1) > 0.02:
+            raise ValueError(
+                f"{file}: must have the shape of its image, {sides[0]} x {sides[1]}, got {mask.width} x "
+                f"{mask.height}"
+            )
+        mask = mask.resize(sides)
+    else:
+        with _opened(path) as image:
+            if image.mode not in TRANSPARENT and "transparency" not in image.info:
+                return None
+            mask = _upright(image, path).convert("RGBA").getchannel("A")
+    lowest, highest = mask.getextrema()
+    if not highest:
+        raise ValueError(f"{file if file.is_file() else path}: its mask is empty: nothing would be learned")
+    return None if lowest == 255 else mask
+
+
 def _beginning(path: Path) -> bytes:
     with open(path, "rb") as file:
         return file.read(64)
@@ -210,15 +244,19 @@ def list_images(folder: Path) -> list[Path]:
     the log.
 
     A file is an image by its content, or by its suffix, so that one which is damaged is noticed instead of
-    skipped.
+    skipped. `NAME.mask.png` beside an image of that name is the mask of it.
 
     Raises:
         ValueError: an image is of a format that is not read.
     """
-    images, left_out = [], {"hidden files": 0, "sub-folders": 0, "other files": 0}
-    for path in sorted(folder.iterdir()):
+    images, left_out = [], {"hidden files": 0, "sub-folders": 0, "masks": 0, "other files": 0}
+    paths = sorted(folder.iterdir())
+    stems = {path.stem for path in paths}
+    for path in paths:
         if path.name.startswith("."):
             left_out["hidden files"] += 1
+        elif path.name.endswith(MASK) and path.name.removesuffix(MASK) in stems:
+            left_out["masks"] += 1
         elif path.is_dir():
             left_out["sub-folders"] += 1
         elif (path.exists() and not path.is_file()) or not _is_image(path):  # a pipe would never end

@@ -20,6 +20,21 @@ def resize_short_side(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image if sides == list(image.size) else image.resize(sides, Image.LANCZOS))
 
 
+def pad_to_square(image: Image.Image, size: int, mode: str = "edge") -> np.ndarray:
+    """(size, size, ...) uint8: the whole image, shrunk or enlarged to fit, at the centre.
+
+    Args:
+        mode: of numpy.pad: what is beside it, its edges drawn out or, with "constant", 0.
+    """
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    array = np.asarray(
+        image if image.size == (width, height) else image.resize((width, height), Image.LANCZOS)
+    )
+    missing = [((size - side) // 2, size - side - (size - side) // 2) for side in (height, width)]
+    return np.pad(array, missing + [(0, 0)] * (array.ndim - 2), mode=mode)
+
+
 def crop_corner(shape: tuple[int, ...], size: int, rng: np.random.Generator | None = None) -> tuple[int, int]:
     """Top and left of a square of an (H, W, ...) image: at the centre, or where `rng` says."""
     top, left = (int(rng.integers(0, side - size + 1)) if rng else (side - size) // 2 for side in shape[:2])

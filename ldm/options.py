@@ -2,41 +2,30 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.config import PRECISIONS, ModelConfig
+from ldm.concepts import SUBJECT_KEYS, Concept, read_concepts
+from ldm.config import ModelConfig
 from ldm.device import is_dry_run
 from ldm.fields import (
-    DETERMINISTIC_HELP,
-    DEVICES,
-    FLASH_ATTENTION_HELP,
-    FORCE_PRECISION_HELP,
-    LOG_LEVELS,
-    LORA_FORMATS,
-    PRECISION_HELP,
-    SAMPLER_NAMES,
-    SAVE_DTYPES,
-    SAVE_FORMATS,
-    TIMESTEPS,
-    VERSION_HELP,
     beside_program,
     check_folders,
     check_version,
+    is_left_alone,
     lora_target_names,
-    option,
     require_weights,
-    run_option,
-    value_option,
 )
 from ldm.other_names import TRAINING
+from ldm.train_fields import TrainFields
 from ldm.values import ConfigError
-from ldm.versions import VERSIONS, official_file, version_from_environment
+from ldm.versions import official_file, version_from_environment
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """Fine-tune Stable Diffusion on a few images of one subject (DreamBooth, arXiv 2208.12242)."""
+class TrainOptions(TrainFields):
+    """Fine-tune Stable Diffusion on a few images of one subject or several (DreamBooth, arXiv 2208.12242)."""
 
     EXAMPLE: ClassVar[str] = (
         'python train_dreambooth.py --instance_data_dir=my_dog --instance_prompt="a photo of sks dog" \\\n'
@@ -45,205 +34,16 @@ class TrainOptions:
 
     OTHER_NAMES: ClassVar[dict[str, str]] = TRAINING
 
-    instance_data_dir: str | None = run_option(
-        None, "data", "folder with 3-5 images of the subject (read only) [required]"
-    )
-    instance_prompt: str | None = value_option(
-        None, "data", 'what they show, with a rare word: "a photo of sks dog" [required]'
-    )
-    class_data_dir: str | None = run_option(
-        None, "data",
-        "folder of class images; missing ones are generated into it [required with prior preservation]",
-    )  # fmt: skip
-    class_prompt: str | None = value_option(
-        None, "data", 'the same without the rare word: "a photo of a dog" [required with prior preservation]'
-    )
-    with_prior_preservation: bool = option(
-        True, "data", "train on class images too, so that the class is not forgotten"
-    )
-    num_class_images: int = value_option(
-        200, "data", "number of class images; those already there count", least=1
-    )
-    train_data_repeats: int = value_option(
-        40, "data", "how often each instance image is used per epoch", least=1
-    )
-    image_size: int | None = option(
-        None, "data", "side of the training images, in pixels [the model's: 512, or 768]", least=8
-    )
-    random_crop: bool = option(False, "data", "crop at random instead of at the centre")
-    random_flip: bool | None = value_option(
-        None, "data",
-        "flip half of the images left to right; False for a subject with lettering [as random_crop]",
-    )  # fmt: skip
-
-    train_config: str = run_option(
-        "configs/train_dreambooth_sd_v2.json", "model", "JSON or YAML with any of these options"
-    )
-    model_config: str = run_option(
-        "auto", "model", "YAML of the networks and the noise schedule; auto: the one that fits the checkpoint"
-    )
-    version: str | None = run_option(
-        None, "model", VERSION_HELP, aliases=("-v",), choices=tuple(VERSIONS), metavar="VERSION"
-    )
-    pretrained_model_path: str = run_option(
-        "models/", "model", "folder of the base checkpoint; or a file or a diffusers folder that is it"
-    )
-    pretrained_model_file: str | None = run_option(
-        None, "model", "its name in that folder [the version's published file]", metavar="NAME"
-    )
-    variant: str | None = run_option(
-        None, "model", "of the files in a diffusers folder: fp16, bf16, non_ema [the plain ones]"
-    )
-    use_ema_weights: bool = run_option(
-        False, "model", "begin with the averaged weights that lie in the checkpoint beside the others"
-    )
-    output_path: str = run_option(
-        "output", "model", "folder for checkpoints, log and effective configuration"
-    )
-
-    train_text_encoder: bool = option(
-        True, "training", "train the text encoder too (otherwise it is frozen)",
-        aliases=("--lora_ft_text_encoder",),
-    )  # fmt: skip
-    cache_latents: bool = option(
-        True, "training", "encode the images once, before training; then the VAE leaves memory",
-        changes_result=False,
-    )  # fmt: skip
-    train_batch_size: int = option(
-        2, "training", "instance images per step (plus the same number of class images)", least=1,
-        changes_result=False,
-    )  # fmt: skip
-    gradient_accumulation_steps: int = option(
-        1, "training", "steps whose gradients are averaged for one update", least=1, changes_result=False
-    )
-    epochs: int = run_option(8, "training", "passes over the repeated instance images", least=1)
-    prior_loss_weight: float = option(
-        1.0, "training", "weight of the class term (lambda in the paper)", least=0
-    )
-    optim: str = option("adamw", "training", "optimizer", choices=("adamw", "adam"))
-    betas: tuple[float, float] = option(
-        (0.9, 0.999), "training", "decay rates of the optimizer's moments", least=0, below=1
-    )
-    weight_decay: float = option(1e-2, "training", "weight decay (never on norms and biases)", least=0)
-    start_learning_rate: float = value_option(
-        5e-6, "training", "learning rate; constant, or with the next three options", above=0
-    )
-    end_learning_rate: float | None = value_option(
-        None, "training", "rate at the end of the decay [0 if decay_steps > 0]", least=0
-    )
-    warmup_steps: int = value_option(0, "training", "updates of linear warm-up from 0", least=0)
-    decay_steps: int = value_option(
-        0, "training", "updates of cosine decay after the warm-up; 0: no decay", least=0
-    )
-    clip_grad: bool = option(False, "training", "clip gradients by their global norm")
-    max_grad_norm: float = option(1.0, "training", "the norm to clip to", above=0)
-    init_loss_scale: float = option(512, "training", "float16: first loss scale", least=1)
-    loss_scale_factor: float = option(2, "training", "float16: factor by which the loss scale moves", above=1)
-    scale_window: int = option(
-        200, "training", "float16: updates without overflow before the scale grows", least=1
-    )
-    recompute: bool | None = option(
-        None, "training",
-        "gradient checkpointing: compute feed-forward layers twice to use less memory [on a CPU where memory "
-        "is low, and with LoRA on a full-size model]",
-        changes_result=False,
-    )  # fmt: skip
-    use_ema: bool = option(
-        False, "training", "average the weights (decay 0.9999, warmed up); saved in a file of their own"
-    )
-
-    use_lora: bool = option(
-        False, "LoRA", "train low-rank additions to the weights, and save them alone: a small file"
-    )
-    lora_rank: int | None = option(
-        None, "LoRA", "rank of the additions [4, or as in --lora_ckpt_path]", least=1
-    )
-    lora_alpha: float | None = option(
-        None, "LoRA", "additions are multiplied by this, over their rank [the rank]", above=0
-    )
-    lora_targets: str = option(
-        "attention", "LoRA",
-        "layers that get one: attention, and +feed_forward, +projections, +convolutions [attention]",
-        metavar="NAME+NAME",
-    )  # fmt: skip
-    lora_dropout: float = option(
-        0.0, "LoRA", "share of a layer's input that its addition does not see in training", least=0, below=1
-    )
-    lora_fp16: bool = run_option(True, "LoRA", "numbers in the saved file: float16, or float32 (False)")
-    lora_format: str = run_option(
-        "kohya", "LoRA", "names in it; kohya is what all programs read", choices=LORA_FORMATS
-    )
-    lora_ckpt_path: str | None = run_option(None, "LoRA", "a LoRA to go on from, of any program [no]")
-    lora_ft_unet: bool = run_option(True, "LoRA", "")  # in files of September 2023
-
-    accept_class_images: bool = run_option(
-        False, "class images",
-        "take class_data_dir as it is: with images drawn for another prompt or model, and beside sub-folders",
-    )  # fmt: skip
-    class_sampler: str = value_option(
-        "ddim", "class images", "how to generate them; dpm_solver_pp needs 20 steps only",
-        choices=SAMPLER_NAMES,
-    )  # fmt: skip
-    sampling_steps: int = value_option(50, "class images", "denoising steps", least=1, most=TIMESTEPS)
-    sample_batch_size: int = run_option(4, "class images", "images at a time", least=1)
-    guidance_scale: float = value_option(
-        9.0, "class images", "classifier-free guidance scale", aliases=("--scale",), least=0
-    )
-
-    ckpt_save_interval: int = run_option(1, "run", "epochs between checkpoints", least=1)
-    keep_weights: int = run_option(10, "run", "how many checkpoints to keep, the newest ones", least=1)
-    save_weights_every: int | None = run_option(
-        None, "run", "also write weights to generate with every N updates, and when stopped [no]", least=1
-    )
-    save_format: str = run_option(
-        "mindspore", "run", "of the checkpoints; stability: a file, diffusers: a folder, for other programs",
-        choices=SAVE_FORMATS,
-    )  # fmt: skip
-    save_dtype: str = run_option("float32", "run", "of the numbers in them", choices=SAVE_DTYPES)
-    save_state_minutes: float | None = run_option(
-        15.0, "run",
-        "save a resumable state at a checkpoint when the last one is this many minutes old; 0: at every one, "
-        "None: only when stopped", least=0,
-    )  # fmt: skip
-    save_every: int | None = run_option(
-        None, "run", "also save a resumable state every N updates [no]", least=1
-    )
-    keep_states: int = run_option(
-        1, "run", "how many resumable states to keep, the newest ones", aliases=("--keep_checkpoints",),
-        least=1,
-    )  # fmt: skip
-    resume: str | None = run_option(
-        None, "run", 'continue from "latest", or from a folder states/step_* [no]', metavar="latest|PATH"
-    )
-    allow_changed_options: bool = run_option(
-        False, "run", "resume even if options, images or base model have changed"
-    )
-    callback_size: int = run_option(1, "run", "updates between log lines", least=1)
-    seed: int = value_option(3407, "run", "all random numbers follow from it", least=0)
-    log_level: str = run_option("INFO", "run", "how much to log", choices=LOG_LEVELS)
-    device: str = option(
-        "auto", "run", "where to run; auto: Ascend if there is one, else CPU", choices=DEVICES,
-        changes_result=False,
-    )  # fmt: skip
-    precision: str = option("auto", "run", PRECISION_HELP, choices=PRECISIONS, changes_result=False)
-    force_precision: bool = run_option(False, "run", FORCE_PRECISION_HELP)
-    flash_attention: str = option(
-        "auto", "run", FLASH_ATTENTION_HELP, choices=("auto", "off"), changes_result=False
-    )
-    deterministic: bool | None = run_option(None, "run", DETERMINISTIC_HELP)
-    mode: int = option(
-        0, "run", "0 graph mode, 1 PyNative (for debugging)", aliases=("--ms_mode",), choices=(0, 1),
-        changes_result=False,
-    )  # fmt: skip
-    compile_cache: bool = option(True, "run", "keep compiled graphs for the next start", changes_result=False)
-    use_parallel: bool = option(
-        False, "run", "data parallel over the processes that mpirun or msrun started", changes_result=False
-    )
-
     def __post_init__(self) -> None:
         object.__setattr__(self, "version", self.version or version_from_environment())
-        if self.random_flip is None:
-            object.__setattr__(self, "random_flip", self.random_crop)
+        left_open = {
+            "random_flip": self.random_crop,
+            "betas": (0.9, 0.99) if self.optim == "lion" else (0.9, 0.999),
+            "start_learning_rate": 1.0 if self.optim == "prodigy" else 5e-6,
+        }
+        for name, value in left_open.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     def kept_apart(self) -> "TrainOptions":
         """In a dry run with folders of its own: what it writes must not be taken for the results of a run."""
@@ -254,32 +54,69 @@ class TrainOptions:
 
     def for_model(self, config: ModelConfig) -> "TrainOptions":
         """With what was left to the model filled in. Raises ConfigError for images that it cannot make."""
+        end = min(self.max_timestep, config.noise_schedule.timesteps)
+        if self.min_timestep >= end:
+            raise ConfigError(f"min_timestep must be less than {end}, got {self.min_timestep}")
         size = self.image_size or config.image_size
         config.check_size(image_size=size)
         config.check_steps(self.sampling_steps)
-        return dataclasses.replace(self, image_size=size)
+        return dataclasses.replace(self, image_size=size, max_timestep=end)
 
     def check(self) -> None:
         """Raise ConfigError for combinations that cannot work and for files that are not there."""
         self._check_lora()
-        required = ["instance_data_dir", "instance_prompt"]
-        required += ["class_data_dir", "class_prompt"] if self.with_prior_preservation else []
-        for name in required:
-            if not (getattr(self, name) or "").strip():
+        self._check_recipe()
+        for concept in self.subjects:
+            for name in concept.missing(self.with_prior_preservation):
                 more = " with prior preservation (or give --with_prior_preservation=False)"
                 why = more if name.startswith("class") else ""
-                raise ConfigError(f"--{name} is missing: it is required{why}")
-        classes = self.class_data_dir if self.with_prior_preservation else None
-        check_folders(self.instance_data_dir, classes, self.output_path)
+                where = f"{self.concepts}: {name}" if self.concepts else f"--{name}"
+                raise ConfigError(f"{where} is missing: it is required{why}")
+            classes = concept.class_data_dir if self.with_prior_preservation else None
+            check_folders(concept.instance_data_dir, classes, self.output_path)
         if self.resume not in (None, "latest") and not Path(self.resume).is_dir():
             raise ConfigError(f"resume must be latest, or a folder states/step_* of a run, got {self.resume}")
-        if self.end_learning_rate is not None and not self.decay_steps:
-            raise ConfigError("end_learning_rate is set but decay_steps is 0: give --decay_steps too")
         check_version(self.version)
         tiny = f" (or try the embedded model: bash {beside_program('scripts/demo.sh')})"
         is_default = (self.pretrained_model_path, self.pretrained_model_file) == ("models/", None)
         hint = "see models/README.md for where to get it"
         require_weights(self.checkpoint, hint + tiny if is_default else hint)
+
+    def _check_recipe(self) -> None:
+        """Raise ConfigError where an option of the training would not act."""
+        trains_word = self.train_token is not None
+        decays = self.decay_steps or self.lr_schedule not in (None, "constant")
+        wrong = [
+            (self.end_learning_rate is not None and not decays,
+            "end_learning_rate is set but decay_steps is 0: give --decay_steps too, or an --lr_schedule"),
+            (self.lr_cycles > 1 and self.lr_schedule != "cosine_with_restarts",
+            "lr_cycles acts with --lr_schedule=cosine_with_restarts only"),
+            (self.lr_power != 1 and self.lr_schedule != "polynomial",
+            "lr_power acts with --lr_schedule=polynomial only"),
+            (self.decay_steps and self.lr_schedule == "constant",
+            "decay_steps contradicts --lr_schedule=constant: leave one out"),
+            (self.text_encoder_learning_rate and not self.train_text_encoder,
+            "text_encoder_learning_rate: the text encoder is frozen (train_text_encoder=False)"),
+            (self.text_encoder_stop and not self.trains_text,
+            "text_encoder_stop: the text encoder is frozen anyway (train_text_encoder=False)"),
+            (self.token_learning_rate and not trains_word,
+            "token_learning_rate acts with --train_token only"),
+            (self.optim == "prodigy" and (self.text_encoder_learning_rate or self.token_learning_rate),
+            "prodigy finds one rate for all: leave text_encoder_learning_rate and token_learning_rate out"),
+        ]  # fmt: skip
+        for is_wrong, message in wrong:
+            if is_wrong:
+                raise ConfigError(message)
+        if trains_word:
+            self._check_token()
+
+    def _check_token(self) -> None:
+        from ldm.tokenizer import token_of  # whose vocabulary takes a while
+
+        try:
+            token_of(self.train_token, [concept.instance_prompt or "" for concept in self.subjects])
+        except ConfigError as error:
+            raise ConfigError(f"train_token: {error}") from None
 
     def _check_lora(self) -> None:
         if not self.lora_ft_unet:
@@ -305,17 +142,42 @@ class TrainOptions:
         How the samples of an update are cut into batches is left out: it changes roundings only.
         """
         facts = self._where("changes_result") | {"betas": list(self.betas)}
-        return {key: value for key, value in facts.items() if self.use_lora or not key.startswith("lora_")}
+        later = [spec for spec in dataclasses.fields(self) if is_left_alone(spec, getattr(self, spec.name))]
+        left_out = {spec.name for spec in later} | (set(SUBJECT_KEYS) if self.concepts else set())
+        if not self.use_lora:
+            left_out |= {name for name in facts if name.startswith("lora_")}
+        facts = {name: value for name, value in facts.items() if name not in left_out}
+        return facts | ({"concepts": [concept.facts() for concept in self.subjects]} if self.concepts else {})
 
     def _where(self, what: str) -> dict:
         return {
             spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self) if spec.metadata[what]
         }
 
+    @cached_property
+    def subjects(self) -> tuple[Concept, ...]:
+        """What is learned: those of the file of concepts, or the one of the options."""
+        if not self.concepts:
+            return (Concept(**{name: getattr(self, name) for name in SUBJECT_KEYS}),)
+        concepts = read_concepts(Path(self.concepts), self.num_class_images, self.train_data_repeats)
+        if not is_dry_run():
+            return concepts
+        folder = Path(self.output_path) / "class_images"
+        return tuple(
+            dataclasses.replace(concept, class_data_dir=str(folder / Path(concept.class_data_dir or "").name))
+            for concept in concepts
+        )
+
     @property
-    def prompts(self) -> list[str]:
-        """Of the instance samples, and of the class samples where there are any."""
-        return [self.instance_prompt] + ([self.class_prompt] if self.with_prior_preservation else [])
+    def trains_text(self) -> bool:
+        """Whether the text encoder is part of the trained graph: all of it, or the embedding of a word."""
+        return self.train_text_encoder or self.train_token is not None
+
+    def until(self, total_updates: int) -> "TrainOptions":
+        """With the length of the decay filled in where it was left to the length of the run."""
+        if self.lr_schedule in (None, "constant") or self.decay_steps:
+            return self
+        return dataclasses.replace(self, decay_steps=max(1, total_updates - self.warmup_steps))
 
     @property
     def caches_graphs(self) -> bool:

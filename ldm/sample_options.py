@@ -68,6 +68,10 @@ class SampleOptions:
         False, "model", "the averaged weights that lie in the checkpoint beside the others"
     )
 
+    zero_terminal_snr: bool = option(
+        False, "model", "the model was trained with it, and does not say so: a single file in another folder"
+    )
+
     lora_ckpt_path: tuple[str, ...] | None = option(
         None,
         "model",
@@ -76,6 +80,13 @@ class SampleOptions:
     )
     use_lora: bool | None = option(None, "model", "False: leave them out [if there are any]")
     lora_rank: int | None = option(None, "model", "the rank that they must have [any]", least=1)
+
+    embedding_path: tuple[str, ...] | None = option(
+        None,
+        "model",
+        "files of word embeddings, as a training with --train_token writes: in place of the words' own [no]",
+        metavar="FILE",
+    )
 
     sampler: str = option("plms", "sampling", "how to sample", choices=SAMPLER_NAMES)
     plms: bool = option(False, "sampling", "the same as --sampler plms")
@@ -87,11 +98,19 @@ class SampleOptions:
     timestep_spacing: str = option(
         "auto",
         "sampling",
-        "auto: over the whole schedule; leading: as in 2023, which with 350 steps begins at 699 of 1,000",
-        choices=("auto", "leading"),
+        "auto: over the whole schedule; trailing: from its very end, for a model of --zero_terminal_snr; "
+        "leading: as in 2023, which with 350 steps begins at 699 of 1,000",
+        choices=("auto", "trailing", "leading"),
     )
     guidance_scale: float = option(
         9.0, "sampling", "classifier-free guidance scale; 1: none", aliases=("--scale",), least=0
+    )
+    guidance_rescale: float = option(
+        0.0,
+        "sampling",
+        "against colours that guidance burns, by this share; 0.7 with --zero_terminal_snr, at guidance 7.5",
+        least=0,
+        most=1,
     )
     ddim_eta: float = option(0.0, "sampling", "noise of DDIM: 0 none, 1 as much as DDPM", least=0)
     n_iter: int = option(2, "sampling", "rounds", least=1)
@@ -135,6 +154,10 @@ class SampleOptions:
         return () if self.use_lora is False else self.lora_ckpt_path or ()
 
     @property
+    def embeddings(self) -> list[Path]:
+        return [Path(path) for path in self.embedding_path or ()]
+
+    @property
     def model_config(self) -> str:
         return self.config
 
@@ -172,6 +195,8 @@ class SampleOptions:
                 f"ddim_eta {self.ddim_eta:g} acts with the ddim sampler only, not with {self.sampler_name}: "
                 f"give --ddim"
             )
+        if self.guidance_rescale and self.guidance_scale == 1:
+            raise ConfigError("guidance_rescale acts with guidance only: guidance_scale 1 is none")
         if self.skip_grid and self.skip_save:
             raise ConfigError("skip_grid and skip_save together leave nothing to write: leave one out")
         for name in ("data_path", "negative_data_path"):

@@ -16,6 +16,8 @@ import ftfy
 import numpy as np
 import regex
 
+from ldm.values import ConfigError
+
 VOCABULARY_FILE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 VOCABULARY_SIZE = 49408
 START, END = "<start_of_text>", "<end_of_text>"
@@ -134,3 +136,23 @@ class Tokenizer:
         room = self.context_length - 2
         lost = self.decode(ids[room:]).strip()
         logger.warning("the prompt has %d tokens, %d fit: left out is %r", len(ids), room, lost)
+
+
+def token_of(word: str, prompts: Sequence[str] | None = None) -> int:
+    """The one token that a word is.
+
+    Args:
+        prompts: of which one must have it.
+
+    Raises:
+        ConfigError: it is several tokens, or in no prompt.
+    """
+    tokenizer = Tokenizer()
+    tokens = tokenizer.encode(word)
+    if len(tokens) != 1:
+        raise ConfigError(
+            f"must be a word of one token, {word!r} has {len(tokens)}: take one such as sks, in prompts, too"
+        )
+    if prompts is not None and not any(tokens[0] in tokenizer.encode(prompt) for prompt in prompts):
+        raise ConfigError(f"{word!r} is in no instance prompt: there would be nothing to learn")
+    return tokens[0]

@@ -8,15 +8,26 @@ any format. TARGET as with convert_checkpoint.py. Nothing that exists is overwri
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from convert_checkpoint import add_writing_options, format_to_write, write
 
 from ldm.command_line import Ending, home_path, start_logging
-from ldm.weights.arrays import Joined, Made, Renamed
+from ldm.weights.arrays import Arrays, ArraysInMemory, Joined, Made, Renamed
 from ldm.weights.choice import choose_config, config_in
 from ldm.weights.source import open_weights
+
+
+def joined(parts: Sequence[tuple[str, Arrays]], shapes: Mapping[str, tuple]) -> Arrays:
+    """Arrays of these names, each of the first part that has it under its name behind the part's prefix."""
+    whole = Joined([(f"{number}/", arrays) for number, (_, arrays) in enumerate(parts)])
+    found = {}
+    for name in shapes:
+        own = (f"{number}/{prefix}{name}" for number, (prefix, _) in enumerate(parts))
+        found[name] = next(one for one in own if one in whole)
+    return Renamed(whole, {name: Made([own], whole.shape(own)) for name, own in found.items()})
 
 
 def weights_of_state(options: argparse.Namespace) -> None:
@@ -26,7 +37,9 @@ def weights_of_state(options: argparse.Namespace) -> None:
     from ldm.files import fingerprint
     from ldm.networks.latent_diffusion import build_model
     from ldm.run.states import read_state
+    from ldm.tokenizer import token_of
     from ldm.weights.checkpoint import require_match
+    from ldm.weights.embeddings import ROW, TABLE, with_row
     from ldm.weights.layouts import fit
 
     format_to_write(options.target, options.to)
@@ -52,12 +65,14 @@ def weights_of_state(options: argparse.Namespace) -> None:
     arrays, prefix = state.arrays(), "ema." if options.use_ema_weights else ""
     if prefix and not any(name.startswith(prefix) for name in arrays):
         raise ValueError(f"{folder}: has no averaged weights: leave --use_ema_weights out")
-    both = Joined([("", arrays), ("base/", rest)])
-    found = {name: prefix + name if prefix + name in arrays else f"base/{name}" for name in shapes}
-    whole = Renamed(both, {name: Made([own], both.shape(own)) for name, own in found.items()})
+    own = [prefix + name for name in shapes if prefix + name in arrays]
+    word = {}
+    if prefix + ROW in arrays:  # of --train_token
+        token = token_of(state.origin["train_token"])
+        word = {TABLE: with_row(rest[TABLE], token, arrays[prefix + ROW])}
+    whole = joined([(prefix, arrays), ("", ArraysInMemory(word)), ("", rest)], shapes)
     require_match(shapes, whole, whole, str(folder))
-    trained = sum(not own.startswith("base/") for own in found.values())
-    step = state.progress["global_step"]
+    trained, step = len(own) + len(word), state.progress["global_step"]
     print(f"{folder}: {trained} parameters after update {step}, {len(shapes) - trained} of the base")
     write(whole, config, options.target, options.to, options.dtype)
 

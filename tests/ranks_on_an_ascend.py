@@ -35,7 +35,7 @@ def main() -> None:
         trainer = build_trainer(model, make_inputs(model, config, options, samples), options, config, ranks)
         found = {"rank": ranks.rank, "skipped": trainer.one_update().skipped}
     trainer.mends_last_bits = True
-    weight, moment = trainer.masters.trained[0], trainer.optimizer.moment1[0]
+    weight, moment = trainer.masters.trained[0], trainer.optimizer.adam_m[0]
     values, moments = weight.asnumpy().copy(), moment.asnumpy().copy()
     if ranks.rank == 1:
         weight.set_data(ms.Tensor(np.nextafter(values, np.float32(9))))

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from conftest import write_pictures
 from PIL import Image, ImageCms, PngImagePlugin
+from trainings import samples_of
 
 from ldm import images
 from ldm.image_files import read_image, where_images_lie
-from ldm.training import samples
+from ldm.subjects import load_instance_images
+from ldm.training.samples import Cropping
 
 SIZE = (40, 30)
 RED = Image.new("RGB", SIZE, (200, 40, 40))
@@ -107,7 +109,7 @@ REFUSED = {  # file name -> content, words of the error
 @pytest.mark.parametrize("name", READ)
 def test_is_read(tmp_path, name):
     (tmp_path / name).write_bytes(READ[name])
-    (path,) = samples.load_instance_images(tmp_path)
+    (path,) = load_instance_images(tmp_path)
     picture = read_image(path)
     assert picture.size == SIZE and np.abs(np.asarray(picture, int) - np.asarray(RED, int)).max() <= 6
 
@@ -118,7 +120,7 @@ def test_is_refused_by_name(tmp_path, name):
     content, words = REFUSED[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words) as error:
-        samples.load_instance_images(tmp_path)
+        load_instance_images(tmp_path)
     assert name in str(error.value)
 
 
@@ -152,14 +154,14 @@ def test_what_lies_beside_images_is_left_out(tmp_path, caplog):
     for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
         write_pictures(tmp_path / name, 1)
     with caplog.at_level(logging.INFO):
-        assert samples.load_instance_images(tmp_path) == [good]
+        assert load_instance_images(tmp_path) == [good]
     assert "1 images (left out: 3 hidden files, 2 sub-folders, 5 other files)" in caplog.text
     assert where_images_lie(tmp_path) == ""
 
 
 def test_a_photo_of_200_megapixels(tmp_path):
     Image.new("L", (16320, 12240), 100).save(tmp_path / "large.jpg", quality=90)
-    (path,) = samples.load_instance_images(tmp_path)
+    (path,) = load_instance_images(tmp_path)
     picture = read_image(path)
     assert picture.size == (4080, 3060) and picture.getpixel((9, 9)) == (100, 100, 100)
     assert Image.MAX_IMAGE_PIXELS < 10**8  # Pillow's own bound is as it was
@@ -175,7 +177,7 @@ def test_pictures_one_level_down_are_pointed_at(tmp_path, below, words):
     for name, count in below.items():
         write_pictures(tmp_path / name, count)
     with pytest.raises(ValueError, match=words):
-        samples.load_instance_images(tmp_path)
+        load_instance_images(tmp_path)
 
 
 def test_the_colours_of_an_embedded_profile_become_srgb(tmp_path):
@@ -203,7 +205,7 @@ def test_what_lies_around_is_left_out(tmp_path, caplog):
         (tmp_path / name).write_bytes(b"x")
     write_pictures(tmp_path / "sub-folder", 1)
     with caplog.at_level(logging.INFO):
-        assert len(samples.load_instance_images(tmp_path)) == 2
+        assert len(load_instance_images(tmp_path)) == 2
     assert "2 images (left out: 2 hidden files, 1 sub-folders, 2 other files)" in caplog.text
 
 
@@ -212,10 +214,10 @@ def test_links(tmp_path):
     folder = tmp_path / "links"
     folder.mkdir()
     (folder / "good.png").symlink_to(real)
-    assert samples.load_instance_images(folder) == [folder / "good.png"]
+    assert load_instance_images(folder) == [folder / "good.png"]
     (folder / "gone.png").symlink_to(tmp_path / "nothing")
     with pytest.raises(ValueError, match="gone.png: not a readable image .*No such file"):
-        samples.load_instance_images(folder)
+        load_instance_images(folder)
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
@@ -226,13 +228,13 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(images.Image, "open", refuse)  # the superuser may read everything
     with pytest.raises(ValueError, match="picture_0.png: not a readable image .*Permission denied"):
-        samples.load_instance_images(tmp_path)
+        load_instance_images(tmp_path)
 
 
 def test_ten_thousand_pictures(tmp_path):
     content = encoded(Image.new("RGB", (16, 16)), "PNG")
     for number in range(10_000):
         (tmp_path / f"{number}.png").write_bytes(content)
-    paths = samples.load_instance_images(tmp_path)
-    every = samples.DreamBoothSamples(paths, [], 1, samples.Cropping(16), 0)
+    paths = load_instance_images(tmp_path)
+    every = samples_of(paths, [], 1, Cropping(16))
     assert len(paths) == 10_000 and len({sample.path for sample in every.pick(0, 10_000)}) == 10_000

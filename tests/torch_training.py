@@ -7,11 +7,12 @@ from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 
 
-def torch_training(networks, config, options, samples, steps):
+def torch_training(networks, config, options, samples, steps, text_stop=None):  # noqa: PLR0915
     """Losses of each update and the final weights of the reference loop.
 
     Args:
         networks: UNet, VAE and text encoder; what requires no gradient is not trained.
+        text_stop: the update after which the text encoder is trained no longer.
     """
     unet, vae, text_encoder = networks
     schedule = NoiseSchedule(config.noise_schedule)
@@ -20,20 +21,29 @@ def torch_training(networks, config, options, samples, steps):
         (folder, name): p for folder, network in trained for name, p in network.named_parameters()
         if p.requires_grad
     }  # fmt: skip
-    groups = {True: [], False: []}
-    for (_, name), parameter in named.items():
+    groups = []
+    for (folder, name), parameter in named.items():
         is_norm = "norm" in name.split(".")[-2] and "conv_norm" not in name or name.startswith("conv_norm")
-        groups[parameter.ndim > 1 and not is_norm].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": options.weight_decay}, {"params": groups[False],
-        "weight_decay": 0.0}],
-        lr=options.start_learning_rate, betas=options.betas, eps=1e-8,
-    )  # fmt: skip
-    prompts = [options.instance_prompt] + ([options.class_prompt] if samples.class_paths else [])
+        decay = options.weight_decay * (parameter.ndim > 1 and not is_norm)
+        text_rate = options.text_encoder_learning_rate or options.start_learning_rate
+        rate = options.start_learning_rate if folder == "unet" else text_rate
+        groups.append({"params": [parameter], "weight_decay": decay, "lr": rate})
+    optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=1e-8)
+    prompts = samples.prompts()
     ids = torch.from_numpy(Tokenizer(77, config.text_encoder.padding)(prompts)).long()
+    snr_weights = np.ones(1000)
+    if options.min_snr_gamma:
+        snr, gamma = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod), options.min_snr_gamma
+        is_v = config.noise_schedule.prediction_type == "v_prediction"
+        snr_weights = np.array([min(value, gamma) / (value + 1 if is_v else value) for value in snr])
     alphas = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32)
     losses = []
     for step in range(steps):
+        if step == text_stop:
+            for (folder, _), parameter in named.items():
+                if folder == "text_encoder":
+                    parameter.requires_grad_(False)
+                    parameter.grad = None  # which AdamW passes over, decay and all
         optimizer.zero_grad()
         terms = []
         for batch in samples.batches(
@@ -45,7 +55,7 @@ def torch_training(networks, config, options, samples, steps):
             with torch.no_grad():
                 posterior = vae.encode(pixels).latent_dist
             t, noise, posterior_noise = zip(
-                *(samples.noise(sample, tuple(posterior.mean.shape[1:]), 1000) for sample in batch)
+                *(samples.noise(sample, tuple(posterior.mean.shape[1:])) for sample in batch)
             )
             t, noise, posterior_noise = (
                 torch.tensor(t),
@@ -54,14 +64,19 @@ def torch_training(networks, config, options, samples, steps):
             )
             latents = (posterior.mean + posterior.std * posterior_noise) * config.autoencoder.scale_factor
             a, s = (x[:, None, None, None] for x in (alphas[t].sqrt(), (1 - alphas[t]).sqrt()))
-            context = text_encoder(ids)[0].repeat_interleave(len(batch) // len(prompts), 0)
+            context = text_encoder(ids)[0][[prompts.index(sample.prompt) for sample in batch]]
             prediction = unet(a * latents + s * noise, t, context).sample
             target = noise if config.noise_schedule.prediction_type == "epsilon" else a * noise - s * latents
-            if samples.class_paths:
-                (p1, p2), (t1, t2) = prediction.chunk(2), target.chunk(2)
-                instance, prior = torch.nn.functional.mse_loss(p1, t1), torch.nn.functional.mse_loss(p2, t2)
+            error = torch.nn.functional.mse_loss(prediction, target, reduction="none")
+            if options.min_snr_gamma:
+                error = error * torch.tensor(snr_weights[t.numpy()], dtype=torch.float32)[:, None, None, None]
+            if options.masked_loss:
+                masks = np.stack([samples.mask(sample, error.shape[-1]) for sample in batch])
+                error = error * torch.from_numpy(masks)
+            if samples.classes:
+                instance, prior = (half.mean() for half in error.chunk(2))
             else:
-                instance, prior = torch.nn.functional.mse_loss(prediction, target), torch.tensor(0.0)
+                instance, prior = error.mean(), torch.tensor(0.0)
             loss = instance + options.prior_loss_weight * prior
             (loss / options.gradient_accumulation_steps).backward()
             terms.append([loss.item(), instance.item(), prior.item()])

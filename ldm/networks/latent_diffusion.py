@@ -55,9 +55,9 @@ class LatentDiffusion(nn.Cell):
         for parameter in weights_of_products(self):
             set_dtype(parameter, self.unet.dtype)
 
-    def take_out_frozen(self, train_text_encoder: bool) -> list[nn.Cell]:
-        """The networks that are not trained; they are no part of this cell afterwards."""
-        names = ["first_stage_model"] + ([] if train_text_encoder else ["cond_stage_model"])
+    def take_out_frozen(self, trains_text: bool) -> list[nn.Cell]:
+        """The networks that have no part in the training; they are no part of this cell afterwards."""
+        names = ["first_stage_model"] + ([] if trains_text else ["cond_stage_model"])
         networks = [getattr(self, name) for name in names]
         for name in names:
             delattr(self, name)

@@ -6,7 +6,7 @@ checkpoint's.
 """
 
 import mindspore as ms
-from mindspore import Parameter, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
 from ldm.config import TextEncoderConfig
@@ -75,9 +75,23 @@ class TextTransformer(nn.Cell):
         self.positional_embedding = Parameter(positions, name="positional_embedding")
         self.transformer_layer = Transformer(config, layers)
         self.ln_final = layers.LayerNorm(config.width)
+        self.word = -1
+
+    def take_out_word(self, token: int) -> Parameter:
+        """From now on the embedding of a token is a parameter of its own (1, width), which is returned: it
+        can be trained, and the table left as it is.
+        """
+        row = Tensor(self.embedding_table.asnumpy()[token : token + 1])
+        name = self.embedding_table.name.replace("embedding_table", "word_embedding")
+        self.word, self.word_embedding = token, Parameter(row, name=name)
+        return self.word_embedding
 
     def construct(self, token_ids):
-        x = ops.gather(self.embedding_table, token_ids, 0) + self.positional_embedding
+        x = ops.gather(self.embedding_table, token_ids, 0)
+        if self.word >= 0:
+            is_it = (token_ids == self.word).astype(ms.float32).expand_dims(-1)
+            x = x * (1 - is_it) + self.word_embedding * is_it
+        x = x + self.positional_embedding
         return self.ln_final(self.transformer_layer(x.astype(self.dtype))).astype(ms.float32)
 
 

@@ -13,13 +13,18 @@ from mindspore import nn
 from ldm.config import ModelConfig
 from ldm.memory import release_memory
 from ldm.options import TrainOptions
+from ldm.tokenizer import token_of
+from ldm.weights.arrays import as_numpy
 from ldm.weights.checkpoint import drop_values, move_to_disk, weights_of
 from ldm.weights.digests import recorded_digests, write_digests
+from ldm.weights.embeddings import TABLE, save_embedding
 from ldm.weights.lora_writing import LoraWriter
 from ldm.weights.source import read_file
 from ldm.weights.writing import DTYPES, SUFFIXES, save_weights
 
-NAME = re.compile(r"(dreambooth_(?:lora_)?(epoch|step)_(\d+)(?:_ema)?(?:\.ckpt|\.safetensors)?)(?:/.+)?")
+NAME = re.compile(
+    r"(dreambooth_(?:lora_|embedding_)?(epoch|step)_(\d+)(?:_ema)?(?:\.ckpt|\.safetensors)?)(?:/.+)?"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -37,6 +42,7 @@ class Checkpoints:
     have the names `epoch_8` and `step_400`.
 
     Of a LoRA training they hold the additions alone and are called `dreambooth_lora_epoch_8.safetensors`.
+    With --train_token the word's embedding lies beside them, `dreambooth_embedding_epoch_8.safetensors`.
 
     Args:
         keep: of how many epochs, the newest ones; and of as many steps.
@@ -50,6 +56,7 @@ class Checkpoints:
         self.names: list[str] = []  # of all parameters of a model, in the order of a file
         self.frozen = {}  # parameters that are not trained
         self.lora: LoraWriter | None = None
+        self.word: str | None = None
         self._are_on_disk = False
 
     def take_frozen_from(self, model: Model, options: TrainOptions, lora: LoraWriter | None = None) -> None:
@@ -59,8 +66,12 @@ class Checkpoints:
         the folder, unless the checkpoints are those of `lora`, which have nothing of them.
         """
         self.lora, self.config, self.names = lora, model.config, model.parameter_names()
+        self.word = options.train_token
         self._are_on_disk = options.cache_latents and not lora
-        for network in model.take_out_frozen(options.train_text_encoder):
+        if options.trains_text and not options.train_text_encoder and not lora:
+            # of the text encoder one word is trained: the rest of it goes into checkpoints as it is
+            self.frozen |= weights_of(model.cond_stage_model)
+        for network in model.take_out_frozen(options.trains_text):
             if not lora:
                 self.frozen |= (
                     move_to_disk(network, self.folder) if self._are_on_disk else weights_of(network)
@@ -90,6 +101,8 @@ class Checkpoints:
             else:
                 self._save_whole(changed, weights, path)
             logger.info("saved %s", path)
+        if self.word is not None:
+            self._save_embedding(self.folder / f"dreambooth_embedding_{name}.safetensors", weights)
         if self._are_on_disk and self.format == "mindspore" and self.dtype == "float32":
             # which has them now: the nameless file goes, and this one stays open
             self.frozen = read_file(paths[0])
@@ -103,6 +116,11 @@ class Checkpoints:
         if path.is_dir() and self._is_own(path):  # of a course that was abandoned
             shutil.rmtree(path)
         save_weights(whole, path, True, to=self.format, dtype=DTYPES[self.dtype], config=self.config)
+
+    def _save_embedding(self, path: Path, weights: Mapping) -> None:
+        token = token_of(self.word)
+        save_embedding(self.word, as_numpy(weights[TABLE])[token : token + 1], path)
+        logger.info("saved %s: the embedding of %r", path, self.word)
 
     def _is_own(self, path: Path) -> bool:
         return any(name.split("/")[0] == path.name for name in recorded_digests(self.folder))

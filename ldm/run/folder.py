@@ -52,7 +52,8 @@ class RunFolder:
             folder._take()
             for path in (folder.path, folder.states.folder):
                 remove_partial_files(path, is_locked=True)
-            for path in (Path(options.class_data_dir or folder.path), folder.latents):
+            classes = [Path(its.class_data_dir) for its in options.subjects if its.class_data_dir]
+            for path in (*classes, folder.latents):
                 remove_partial_files(path)
         else:
             start_logging("WARNING", who=f"rank {ranks.rank} ")

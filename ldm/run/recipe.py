@@ -6,15 +6,19 @@ has ended. States come minutes apart: killed before the first one, a run can onl
 was, for its checkpoints are written again.
 """
 
+import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.config import ModelConfig
 from ldm.files import fingerprint, write_text
+from ldm.image_files import mask_file
 from ldm.options import TrainOptions
 from ldm.run.states import State, States, read_state
+from ldm.subjects import Picture, Subject
 from ldm.values import ConfigError
 from ldm.weights.lora_files import find_lora
 
@@ -98,7 +102,13 @@ def results(output: Path) -> list[Path]:
     """What a run has left in its output folder and another must not overwrite."""
     return sorted(
         path.relative_to(output)
-        for kind in ("dreambooth_epoch_*", "dreambooth_step_*", "dreambooth_lora_*", "states/step_*")
+        for kind in (
+            "dreambooth_epoch_*",
+            "dreambooth_step_*",
+            "dreambooth_lora_*",
+            "dreambooth_embedding_*",
+            "states/step_*",
+        )
         for path in output.glob(kind)
     )
 
@@ -161,29 +171,52 @@ def write_record(output: Path, origin: dict, ended: int | None = None) -> None:
 
 
 def origin_of(
-    options: TrainOptions, config: ModelConfig, base: list[Path], instance_paths: list[Path],
-    samples_per_update: int,
+    options: TrainOptions, config: ModelConfig, base: list[Path], subjects: list[Subject],
+    samples_per_update: int, text_stop: int | None = None,
 ) -> dict:  # fmt: skip
     """What a training's result follows from, to be compared when it is resumed; without the class images, see
     below.
 
     Args:
         base: the files of the base model.
+        text_stop: the update after which the text encoder is frozen, if it is.
 
     The names are those in the files of saved states.
     """
+    pictures = [picture for subject in subjects for picture in subject.pictures]
     averaged = " averaged" if options.use_ema_weights else ""
     lora = options.use_lora and options.lora_ckpt_path
     return {
         **options.training_facts(),
         "instance pictures an update": samples_per_update,
-        "instance pictures": fingerprint(instance_paths),
+        "instance pictures": fingerprint([picture.path for picture in pictures]),
         "base model": fingerprint(base) + averaged,
         "model configuration": json.loads(json.dumps(config.facts())),
+        **_captions(pictures, options, "instance"),
+        **_masks(pictures),
+        **({"text encoder frozen after update": text_stop} if text_stop is not None else {}),
         **({"LoRA at the start": fingerprint([find_lora(Path(lora))[0]])} if lora else {}),
     }
 
 
-def origin_of_class_images(paths: list[Path]) -> dict:
+def _captions(pictures: Sequence[Picture], options: TrainOptions, whose: str) -> dict:
+    """Of images that have prompts of their own, what these are."""
+    if options.captions == "none":
+        return {}
+    text = json.dumps([picture.prompt for picture in pictures])
+    return {f"{whose} captions": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _masks(pictures: Sequence[Picture]) -> dict:
+    """Of images with masks, what these are; one without a file of its own is part of the image."""
+    paths = [
+        path for path in map(mask_file, (its.path for its in pictures if its.has_mask)) if path.is_file()
+    ]
+    return {"masks": fingerprint(paths)} if paths else {}
+
+
+def origin_of_class_images(classes: list[list[Picture]], options: TrainOptions) -> dict:
     """The rest of it, which is known only when the missing ones have been generated."""
-    return {"class pictures": fingerprint(paths)}
+    pictures = [picture for pictures in classes for picture in pictures]
+    paths = [picture.path for picture in pictures]
+    return {"class pictures": fingerprint(paths), **_captions(pictures, options, "class")}

@@ -2,11 +2,12 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ldm.run.folder import RunFolder
 from ldm.run.states import State
+from ldm.subjects import Subject
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +64,17 @@ class Recorder:
                 )
         self.ranks.wait()
 
-    def begin(self, instance_images: int) -> None:
+    def begin(self, subjects: Sequence[Subject]) -> None:
         """Note what the run is made of, before its first update."""
         self.trainer.require_equal_weights()
         self.folder.note_run(self.origin)
         self.metrics = self.folder.metrics(self.trainer.global_step)
         self.folder.states.start_clock()
-        text = "training %.1fM values on %d images: %d updates; compiling, the first takes a while"
-        logger.info(text, self.trainer.trained_values / 1e6, instance_images, self.progress.total_updates)
+        counts = [len(subject.pictures) for subject in subjects]
+        of = f" of {len(subjects)} subjects ({', '.join(map(str, counts))})" if len(subjects) > 1 else ""
+        text = "training %.1fM values on %d images%s: %d updates; compiling, the first takes a while"
+        updates = self.progress.total_updates
+        logger.info(text, self.trainer.trained_values / 1e6, sum(counts), of, updates)
 
     def write(self, report) -> None:
         """Of every update: its metrics, and once in a while a log line."""

@@ -7,9 +7,11 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from ldm.command_line import Pace
+from ldm.concepts import classes_of
 from ldm.config import ModelConfig
 from ldm.files import folder_to_itself, write_text
 from ldm.image_files import NOTE, list_images, read_image, where_images_lie
@@ -152,13 +154,14 @@ def valid_images(folder: Path) -> list[Path]:
 def complete_class_images(
     options: TrainOptions, config: ModelConfig, model: LatentDiffusion, ranks: Ranks,
     show: Callable[[int], AbstractContextManager],
-) -> list[Path]:  # fmt: skip
-    """The class images of a training, after generating the missing ones; none without prior preservation."""
+) -> list[list[Path]]:  # fmt: skip
+    """The images of each class of a training, after generating the missing ones; none without prior
+    preservation.
+    """
     if not options.with_prior_preservation:
         return []
     size = options.image_size
     origin = {
-        "class_prompt": options.class_prompt,
         "base model": fingerprint_of({parameter.name: parameter for parameter in model.get_parameters()}),
         "checkpoint": options.checkpoint.name,
         "sampler": options.class_sampler,
@@ -167,30 +170,29 @@ def complete_class_images(
         "image_size": size,
         "seed": options.seed,
     }
-    folder, count = Path(options.class_data_dir), options.num_class_images
-    images = ClassImages(folder, count, origin, options.accept_class_images)
     pipeline = TextToImage(model, config)
     settings = Sampling(options.class_sampler, options.sampling_steps, options.guidance_scale, size, size)
+    found = []
+    for its in classes_of(options.subjects)[0]:
+        its_origin = {"class_prompt": its.class_prompt} | origin
+        images = ClassImages(
+            Path(its.class_data_dir), its.num_class_images, its_origin, options.accept_class_images
+        )
+        generate = partial(generate_class_images, pipeline, images, its.class_prompt, options, settings)
+        found.append(images.complete(generate, ranks, show))
+    return found
 
-    def generate(numbers: Sequence[int]) -> Iterator[Path]:
-        return generate_class_images(pipeline, images, numbers, options, settings)
 
-    return images.complete(generate, ranks, show)
-
-
-def generate_class_images(
-    pipeline: TextToImage,
-    images: ClassImages,
+def generate_class_images(  # noqa: PLR0913
+    pipeline: TextToImage, images: ClassImages, prompt: str, options: TrainOptions, settings: Sampling,
     numbers: Sequence[int],
-    options: TrainOptions,
-    settings: Sampling,
-) -> Iterator[Path]:
+) -> Iterator[Path]:  # fmt: skip
     """Generate the class images of the given numbers, yielding each one's path when it is written.
 
     Image number n follows from (seed, n): a run that was interrupted continues with the images that it would
     have generated, and several processes generate what one would.
     """
-    prompt, seed, batch_size = options.class_prompt, options.seed, options.sample_batch_size
+    seed, batch_size = options.seed, options.sample_batch_size
     pace = Pace(settings.steps * -(-len(numbers) // batch_size), f"{len(numbers)} class images")
     for start in range(0, len(numbers), batch_size):
         chosen = numbers[start : start + batch_size]

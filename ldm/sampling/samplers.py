@@ -14,6 +14,7 @@ from ldm.schedule import NoiseSchedule
 
 Denoiser = Callable[[np.ndarray, int], np.ndarray]
 Latents = Iterator[np.ndarray]
+LEAST_ALPHA_BAR = 2.0**-24
 
 
 def _ddim_step(schedule: NoiseSchedule, x, prediction, t: int, following: int, sigma=0.0, noise=0.0):
@@ -80,8 +81,11 @@ def _half_log_snr(alpha_bar):
 
 
 def _levels(schedule: NoiseSchedule, timesteps: np.ndarray, last_alpha_bar: float):
-    """alpha, sigma and lambda at each time step and behind the last."""
-    alpha_bar = np.append(schedule.alphas_cumprod[timesteps], last_alpha_bar)
+    """alpha, sigma and lambda at each time step and behind the last.
+
+    In pure noise lambda is infinite: as in diffusers, a trace of the image is left there.
+    """
+    alpha_bar = np.append(schedule.alphas_cumprod[timesteps].clip(LEAST_ALPHA_BAR), last_alpha_bar)
     return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), _half_log_snr(alpha_bar)
 
 
@@ -174,7 +178,8 @@ def timesteps_of(sampler: str, schedule: NoiseSchedule, steps: int, spacing: str
     """The time steps that a sampler of SAMPLERS goes through: see NoiseSchedule.sampling_timesteps.
 
     Args:
-        spacing: auto: `spread` for DDIM and PLMS, `linspace` for the DPM solvers.
+        spacing: auto: `spread` for DDIM and PLMS, `linspace` for the DPM solvers; and `trailing` for all
+            where the schedule ends in pure noise.
     """
-    own = "spread" if sampler in STRIDED else "linspace"
+    own = "trailing" if schedule.ends_in_noise else "spread" if sampler in STRIDED else "linspace"
     return schedule.sampling_timesteps(steps, own if spacing == "auto" else spacing)

@@ -20,15 +20,30 @@ from ldm.weights.arrays import is_finite
 
 
 class Guided(nn.Cell):
-    """Classifier-free guidance (Ho & Salimans 2022): one call on a doubled batch, negative half first."""
+    """Classifier-free guidance (Ho & Salimans 2022): one call on a doubled batch, negative half first.
 
-    def __init__(self, unet) -> None:
+    Args:
+        rescale: by how much the result is brought back to the spread of the positive prediction, which
+            guidance widens (Lin et al. 2024, section 3.4, eqs. 15 and 16).
+    """
+
+    def __init__(self, unet, rescale: float = 0.0) -> None:
         super().__init__(auto_prefix=False)
-        self.unet = unet
+        self.unet, self.rescale = unet, rescale
+
+    @staticmethod
+    def spread(x):
+        flat = x.reshape(x.shape[0], -1).astype(ms.float32)
+        deviation = flat - flat.mean(1, keep_dims=True)
+        return ops.sqrt(ops.square(deviation).mean(1)).reshape(-1, 1, 1, 1)
 
     def construct(self, x_t, t, context, guidance_scale):
         negative, positive = ops.chunk(self.unet(ops.cat((x_t, x_t)), t, context), 2)
-        return negative + guidance_scale * (positive - negative)
+        guided = negative + guidance_scale * (positive - negative)
+        if self.rescale > 0:
+            factor = self.spread(positive) / self.spread(guided)
+            guided = guided * (self.rescale * factor + (1 - self.rescale))
+        return guided
 
 
 @dataclass(frozen=True)
@@ -56,12 +71,12 @@ class Sampling:
 class TextToImage:
     """Generates images with the three networks. Compiles a graph when it is first needed."""
 
-    def __init__(self, model: LatentDiffusion, config: ModelConfig) -> None:
+    def __init__(self, model: LatentDiffusion, config: ModelConfig, guidance_rescale: float = 0.0) -> None:
         self.config = config
         self.schedule = NoiseSchedule(config.noise_schedule)
         self.tokenizer = Tokenizer(config.text_encoder.context_length, config.text_encoder.padding)
         self.unet, self.text_encoder = model.unet, model.cond_stage_model
-        self.guided, self.decoder = Guided(model.unet), Decode(model.first_stage_model)
+        self.guided, self.decoder = Guided(model.unet, guidance_rescale), Decode(model.first_stage_model)
 
     def encode_prompts(self, prompts: Sequence[str]) -> np.ndarray:
         """Context (B, 77, width) float32."""

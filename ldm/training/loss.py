@@ -18,10 +18,12 @@ class DreamBoothLoss(nn.Cell):
             beforehand.
         schedule: noise levels and what the UNet predicts.
         prior_loss_weight: weight of the class term; None: there are no class samples.
+        is_weighed: whether a weight of each sample, or of each place in it, comes with the batch.
 
     Inputs:
         latents: (B, 4, h, w) float32, scaled. text: (B, 77) int32 or (B, 77, context_dim) float32.
         t: (B,) int32 step indices. noise: like latents. Nothing is drawn here.
+        weight: (B, 1, 1, 1) or (B, 1, h, w) float32, of the squared error, with `is_weighed`.
 
     Returns:
         The loss, and its instance and class term (0 without one), float32 scalars.
@@ -33,25 +35,29 @@ class DreamBoothLoss(nn.Cell):
         text_encoder: TextEncoder | None,
         schedule: NoiseSchedule,
         prior_loss_weight: float | None,
+        is_weighed: bool = False,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.unet = unet
         self.trains_text = text_encoder is not None
         if self.trains_text:
             self.text_encoder = text_encoder
+        self.is_weighed = is_weighed
         self.has_prior = prior_loss_weight is not None
         self.prior_loss_weight = prior_loss_weight
         self.is_v = schedule.prediction_type == "v_prediction"
         self.sqrt_alpha = Tensor(schedule.sqrt_alpha.astype(np.float32))
         self.sqrt_one_minus_alpha = Tensor(schedule.sqrt_one_minus_alpha.astype(np.float32))
 
-    def construct(self, latents, text, t, noise):
+    def construct(self, latents, text, t, noise, *weight):
         signal = ops.gather(self.sqrt_alpha, t, 0).reshape(-1, 1, 1, 1)
         level = ops.gather(self.sqrt_one_minus_alpha, t, 0).reshape(-1, 1, 1, 1)
         x_t = add_noise(latents, noise, signal, level)
         target = velocity(latents, noise, signal, level) if self.is_v else noise
         context = self.text_encoder(text) if self.trains_text else text
         error = ops.square(self.unet(x_t, t, context).astype(ms.float32) - target)
+        if self.is_weighed:
+            error = error * weight[0]
         if not self.has_prior:
             loss = error.mean()
             return loss, loss, ops.zeros_like(loss)

@@ -41,8 +41,8 @@ def in_place():
 
 
 def has_weight_decay(name: str) -> bool:
-    """Norms and biases are not decayed."""
-    return not name.endswith((".gamma", ".beta", ".bias"))
+    """Norms and biases are not decayed, nor is the embedding of a word that is trained apart."""
+    return not name.endswith((".gamma", ".beta", ".bias", ".word_embedding"))
 
 
 class Masters(nn.Cell):
@@ -56,6 +56,8 @@ class Masters(nn.Cell):
         joins: otherwise the networks' own parameters are trained, and all methods hand through.
         halved: which parameters the networks take in `dtype`: their dtype changes.
         dtype: float32, float16 or bfloat16.
+        kinds: of each parameter: only those of one kind are joined. None: all are.
+        trained: the masters, where they are there already.
 
     Attributes:
         trained: the arrays to train, float32.
@@ -63,22 +65,26 @@ class Masters(nn.Cell):
         gradient_dtypes: for each, of its gradient.
     """
 
-    def __init__(
-        self, parameters: Sequence[Parameter], joins: bool, halved: Sequence[Parameter] = (), dtype=ms.float32
-    ) -> None:
+    def __init__(  # noqa: PLR0913
+        self, parameters: Sequence[Parameter], joins: bool, halved: Sequence[Parameter] = (),
+        dtype=ms.float32, kinds: Sequence | None = None, trained: Sequence[Parameter] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(auto_prefix=False)
         self.joins, self.own = joins, ParameterTuple(parameters)
+        self.kinds = kinds or [0] * len(parameters)
         ids = {id(parameter) for parameter in halved} if joins and dtype != ms.float32 else set()
         dtypes = [dtype if id(parameter) in ids else ms.float32 for parameter in parameters]
-        self.groups = joined(parameters, dtypes) if joins else [[place] for place in range(len(parameters))]
+        self.halved, self.dtype = [parameter for parameter in parameters if id(parameter) in ids], dtype
+        self.groups = [[place] for place in range(len(parameters))]
+        if joins:
+            self.groups = joined(parameters, dtypes, self.kinds)
         self.gradient_dtypes = tuple(dtypes[group[0]] for group in self.groups)
         self.decayed = tuple(has_weight_decay(parameters[group[0]].name) for group in self.groups)
         self.trained = ParameterTuple(parameters)
         if not joins:
             return
-        self.trained = ParameterTuple(
-            [self._master(number, group) for number, group in enumerate(self.groups)]
-        )
+        masters = trained or [self._master(number, group) for number, group in enumerate(self.groups)]
+        self.trained = ParameterTuple(masters)
         for parameter, its_dtype in zip(parameters, dtypes):
             set_dtype(parameter, its_dtype)
         self.members = tuple(ParameterTuple([parameters[place] for place in group]) for group in self.groups)
@@ -95,6 +101,20 @@ class Masters(nn.Cell):
         values = None if is_empty else np.concatenate([member.asnumpy() for member in members])
         value = initializer("zeros", shape, ms.float32) if values is None else Tensor(values, ms.float32)
         return Parameter(value, name=f"master.{number}")
+
+    def part(self, kinds: set) -> tuple["Masters", list[int]]:
+        """The same for parameters of some kinds, with their masters; and the places of these in `trained`."""
+        own = [place for place, kind in enumerate(self.kinds) if kind in kinds]
+        places = [place for place, group in enumerate(self.groups) if self.kinds[group[0]] in kinds]
+        found = Masters(
+            [self.own[place] for place in own], self.joins, self.halved, self.dtype,
+            [self.kinds[place] for place in own], [self.trained[place] for place in places],
+        )  # fmt: skip
+        return found, places
+
+    def kind(self, place: int):
+        """Of an array of `trained`."""
+        return self.kinds[self.groups[place][0]]
 
     def join(self, gradients):
         """Gradients of the networks' parameters as those of `trained`."""
@@ -134,9 +154,10 @@ class Masters(nn.Cell):
                 found[place] = part
         return {prefix + own.name: found[place] for place, own in enumerate(self.own)}
 
-    def shapes(self, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    def shapes(self, arrays: Sequence[Parameter], prefix: str = "") -> dict[str, tuple[int, ...]]:
         """What `named` gives and `fill` takes."""
-        return {prefix + own.name: own.shape for own in self.own}
+        shaped = self.own if self.joins else arrays
+        return {prefix + own.name: its.shape for own, its in zip(self.own, shaped)}
 
     def fill(self, arrays: Sequence[Parameter], values: Mapping[str, np.ndarray], prefix: str = "") -> None:
         """Set arrays in the form of `trained` from values by name; of `trained` itself, the networks' too."""
@@ -150,11 +171,11 @@ class Masters(nn.Cell):
                     own.set_data(Tensor(np.ascontiguousarray(part, np.float32), own.dtype))
 
 
-def joined(parameters: Sequence[Parameter], dtypes: Sequence) -> list[list[int]]:
+def joined(parameters: Sequence[Parameter], dtypes: Sequence, own_kinds: Sequence) -> list[list[int]]:
     """Places of parameters that fit together, in groups of at most MOST and about LARGEST values."""
     kinds: dict[tuple, list[list[int]]] = {}
     for place, (parameter, dtype) in enumerate(zip(parameters, dtypes)):
-        kind = parameter.shape[1:], str(dtype), has_weight_decay(parameter.name)
+        kind = parameter.shape[1:], str(dtype), has_weight_decay(parameter.name), own_kinds[place]
         groups = kinds.setdefault(kind, [[]])
         size = sum(parameters[other].size for other in groups[-1]) + parameter.size
         if len(groups[-1]) == MOST or (groups[-1] and size > LARGEST):

@@ -1,7 +1,8 @@
-"""Adam and AdamW, the learning-rate schedule, the dynamic loss scale, the moving average of the weights."""
+"""Adam and AdamW, and the moving average of the weights. Others: ldm/training/other_optimizers.py."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
@@ -78,7 +79,107 @@ def equal_groups(sizes: Sequence[int], count: int) -> tuple[tuple[int, int], ...
     return tuple((first, end) for first, end in zip(starts, [*starts[1:], len(sizes)]) if first < end)
 
 
-class AdamW(nn.Cell):
+def split_where_changed(bounds: Sequence[tuple[int, int]], kinds: Sequence) -> tuple[tuple[int, int], ...]:
+    """Runs (first, end) cut further, so that all that is in one is of one kind."""
+    cuts = [place for place in range(1, len(kinds)) if kinds[place] != kinds[place - 1]]
+    pieces = []
+    for first, end in bounds:
+        inner = [first, *(cut for cut in cuts if first < cut < end), end]
+        pieces += zip(inner, inner[1:])
+    return tuple(pieces)
+
+
+@dataclass(frozen=True)
+class Trainees:
+    """What an optimizer trains.
+
+    Attributes:
+        parameters: in the order in which the backward pass comes by.
+        decayed: which of them have weight decay.
+        ratios: of each one's learning rate to the run's.
+    """
+
+    parameters: Sequence[Parameter]
+    decayed: Sequence[bool]
+    ratios: Sequence[float]
+
+    @classmethod
+    def alike(cls, parameters: Sequence[Parameter], decayed: Sequence[bool]) -> "Trainees":
+        """All at the run's rate."""
+        return cls(parameters, decayed, [1.0] * len(parameters))
+
+    def part(self, places: Sequence[int]) -> "Trainees":
+        return Trainees(*([values[place] for place in places] for values in
+                          (self.parameters, self.decayed, self.ratios)))  # fmt: skip
+
+
+class Optimizer(nn.Cell):
+    """What AdamW and the others have in common.
+
+    The parameters are updated in groups, one after the other: where nothing else needs all gradients at once,
+    a group's gradients are used up before the next group's are computed, and never are all of them in memory.
+
+    Args:
+        scales: whether gradients are multiplied by a factor first.
+        state: arrays to go on with, as `arrays` has them; None: new ones.
+
+    Attributes:
+        arrays: what is kept for every parameter from update to update, by the prefix of its names in a state.
+    """
+
+    NAMES: tuple[str, ...] = ()
+
+    def __init__(
+        self, trained: Trainees, betas: tuple[float, float], weight_decay: float, scales: bool,
+        state: Mapping[str, Sequence[Parameter]] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(auto_prefix=False)
+        self.trained, self.parameters = trained, ParameterTuple(trained.parameters)
+        self.betas, self.weight_decay, self.scales = betas, weight_decay, scales
+        self.decayed = tuple(weight_decay > 0 and its for its in trained.decayed)
+        self.ratios = tuple(sorted(set(trained.ratios), reverse=True))
+        self.kinds = tuple(self.ratios.index(ratio) for ratio in trained.ratios)
+        bounds = equal_groups([p.size for p in trained.parameters], GROUPS)
+        self.bounds = split_where_changed(bounds, self.kinds)
+        self.kinds_of_groups = tuple(self.kinds[first] for first, _ in self.bounds)
+        self.map = ops.HyperMap()
+        for name, values in (state or self.new_arrays()).items():
+            setattr(self, name.strip("."), ParameterTuple(values))
+
+    def new_arrays(self) -> dict[str, Sequence[Parameter]]:
+        """The state at the beginning."""
+        return {name: zeros_beside(self.parameters, name.strip(".")) for name in self.NAMES}
+
+    @property
+    def arrays(self) -> dict[str, ParameterTuple]:
+        return {name: getattr(self, name.strip(".")) for name in self.NAMES}
+
+    def part(self, places: Sequence[int], **more) -> "Optimizer":
+        """The same for some of the parameters, with what is kept of them."""
+        state = {name: [values[place] for place in places] for name, values in self.arrays.items()}
+        own = {"decoupled": self.decoupled} if isinstance(self, AdamW) else {}
+        return type(self)(
+            self.trained.part(places), self.betas, self.weight_decay, self.scales, state=state, **own, **more
+        )
+
+    def counters(self) -> dict:
+        """What else the next update depends on, as JSON takes it."""
+        return {}
+
+    def restore_counters(self, counters: Mapping) -> None:
+        """Go back to what `counters` gave."""
+
+    def rates(self, learning_rate: float) -> list[float]:
+        """Of each kind of parameter."""
+        return [learning_rate * ratio for ratio in self.ratios]
+
+    def scaled(self, gradients, factor):
+        if self.scales:
+            return self.map(ops.partial(_scale, factor), gradients)
+        return gradients
+
+
+class AdamW(Optimizer):
     """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), or with L2 decay
     ("adam").
 
@@ -87,52 +188,43 @@ class AdamW(nn.Cell):
     them: with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t), (m / c1) / (sqrt(v) / c2 + eps) is c2 / c1 * m /
     (sqrt(v) + eps c2).
 
-    The parameters are updated in groups, one after the other: where nothing else needs all gradients at once,
-    a group's gradients are used up before the next group's are computed, and never are all of them in memory.
-
     Args:
-        parameters: what to train, in the order in which the backward pass comes by.
-        decayed: which of them have weight decay.
         decoupled: True for AdamW, False for Adam with the decay added to the gradient.
-        scales: whether gradients are multiplied by a factor first.
     """
 
-    def __init__(
-        self, parameters: Sequence[Parameter], decayed: Sequence[bool], betas: tuple[float, float],
-        weight_decay: float, decoupled: bool, scales: bool,
-    ) -> None:  # fmt: skip
-        super().__init__(auto_prefix=False)
-        self.parameters = ParameterTuple(parameters)
-        self.moment1, self.moment2 = zeros_beside(parameters, "adam_m"), zeros_beside(parameters, "adam_v")
-        self.bounds = equal_groups([p.size for p in parameters], GROUPS)
-        self.betas, self.decoupled, self.scales = betas, decoupled, scales
-        self.weight_decay = weight_decay
-        self.decayed = tuple(weight_decay > 0 and its for its in decayed)
-        self.l2 = 0.0 if decoupled else weight_decay
+    NAMES = ("adam_m.", "adam_v.")
+
+    def __init__(self, *arguments, decoupled: bool = True, **more) -> None:
+        super().__init__(*arguments, **more)
+        self.decoupled = decoupled
+        self.l2 = 0.0 if decoupled else self.weight_decay
         self.kernel, self.shrink = ops.Adam(), ops.ApplyGradientDescent()
-        self.map = ops.HyperMap()
 
     def scalars(self, step: int, learning_rate: float) -> list:
-        """The kernel's rate, epsilon and decay for update number `step` (from 1)."""
+        """The kernel's rate, epsilon and decay for update `step` (from 1), of each kind of parameter."""
         c1, c2 = 1 - self.betas[0] ** step, math.sqrt(1 - self.betas[1] ** step)
-        decay = learning_rate * self.weight_decay if self.decoupled else 0.0
-        return [Tensor(value, ms.float32) for value in (learning_rate * c2 / c1, EPSILON * c2, decay)]
+        found = []
+        for rate in self.rates(learning_rate):
+            decay = rate * self.weight_decay if self.decoupled else 0.0
+            found += [Tensor(value, ms.float32) for value in (rate * c2 / c1, EPSILON * c2, decay)]
+        return found
 
-    def construct(self, gradients, factor, rate, epsilon, decay):
+    def construct(self, gradients, factor, *scalars):
         done = ()
-        for a, b in self.bounds:
-            group = gradients[a:b]
-            if self.scales:
-                group = self.map(ops.partial(_scale, factor), group)
+        updated = ()
+        for (a, b), kind in zip(self.bounds, self.kinds_of_groups):
+            rate, epsilon, decay = scalars[3 * kind], scalars[3 * kind + 1], scalars[3 * kind + 2]
+            if a > 0:
+                # MindSpore orders kernels backwards from the outputs: what the next group's rate waits for
+                # comes before its gradients
+                rate = ops.depend(rate, updated)
+            group = self.scaled(gradients[a:b], factor)
             update = ops.partial(
                 _adam, self.kernel, self.shrink, self.betas[0], self.betas[1], rate, epsilon, decay, self.l2
             )
             updated = self.map(
-                update, self.parameters[a:b], self.moment1[a:b], self.moment2[a:b], group, self.decayed[a:b]
+                update, self.parameters[a:b], self.adam_m[a:b], self.adam_v[a:b], group, self.decayed[a:b]
             )
-            # MindSpore orders kernels backwards from the outputs: what the next group's rate waits for comes
-            # before its gradients
-            rate = ops.depend(rate, updated)
             done = done + updated
         return done
 
@@ -140,19 +232,20 @@ class AdamW(nn.Cell):
 class FusedAdamW(AdamW):
     """The same by CANN's AdamW, one kernel a parameter: for an Ascend, where there are few, joined ones."""
 
-    def __init__(self, *arguments) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments, **more) -> None:
+        super().__init__(*arguments, **more)
         self.kernel = FusedKernel()
         self.shrinks = tuple(self.weight_decay if its and self.decoupled else 0.0 for its in self.decayed)
 
     def scalars(self, step: int, learning_rate: float) -> list:
-        """The kernel's step and rate."""
-        return [Tensor(step, ms.float32), ms.mutable(float(learning_rate))]
+        """The kernel's step, and its rate for each kind of parameter."""
+        return [Tensor(step, ms.float32), *(ms.mutable(float(rate)) for rate in self.rates(learning_rate))]
 
-    def construct(self, gradients, factor, step, rate):
+    def construct(self, gradients, factor, step, *rates):
         done = ()
         for place in range(len(self.parameters)):
-            parameter, m, v = self.parameters[place], self.moment1[place], self.moment2[place]
+            parameter, m, v = self.parameters[place], self.adam_m[place], self.adam_v[place]
+            rate = rates[self.kinds[place]]
             # one after the other: the float32 form of a gradient is as long as it is needed
             gradient = ops.depend(gradients[place], done).astype(ms.float32)
             if self.scales:
@@ -164,43 +257,6 @@ class FusedAdamW(AdamW):
             updated = self.kernel(parameter, m, v, v, gradient, step, rate, beta1, beta2, shrink, EPSILON)
             done = done + (updated[0],)
         return done
-
-
-class LearningRate:
-    """Constant, with a linear warm-up and a cosine decay where asked.
-
-    Call with the number of updates done.
-    """
-
-    def __init__(
-        self, start: float, end: float | None = None, warmup_steps: int = 0, decay_steps: int = 0
-    ) -> None:
-        self.start, self.end = start, end or 0.0
-        self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
-
-    def __call__(self, global_step: int) -> float:
-        if global_step < self.warmup_steps:
-            return self.start * (global_step + 1) / self.warmup_steps
-        if not self.decay_steps:
-            return self.start
-        done = min(1.0, (global_step - self.warmup_steps) / self.decay_steps)
-        return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-class LossScale:
-    """Dynamic loss scale (Micikevicius et al. 2018): shrinks at an overflow, grows after `window` updates
-    without one.
-    """
-
-    def __init__(self, initial: float, factor: float, window: int) -> None:
-        self.value, self.factor, self.window, self.good_updates = initial, factor, window, 0
-
-    def update(self, overflow: bool) -> None:
-        self.good_updates = 0 if overflow else self.good_updates + 1
-        if overflow:
-            self.value = max(1.0, self.value / self.factor)
-        elif self.good_updates >= self.window:
-            self.value, self.good_updates = self.value * self.factor, 0
 
 
 class MovingAverage(nn.Cell):

@@ -1,6 +1,7 @@
 """Updates, epochs and checkpoints of a run: counting, and nothing else."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 from ldm.options import TrainOptions
@@ -19,30 +20,42 @@ class Progress:
         samples_per_update: instance samples, of all processes and all accumulated steps.
         epochs: of the run. Its last update is filled up with samples of one epoch more.
         checkpoint_interval: epochs between checkpoints; the last epoch has one, too.
+        max_updates: ends the run instead of the epochs: their number is then that of all that are begun.
     """
 
     samples_per_epoch: int
     samples_per_update: int
     epochs: int
     checkpoint_interval: int = 1
+    max_updates: int | None = None
 
     @classmethod
-    def of(cls, options: TrainOptions, instance_images: int, processes: int) -> "Progress":
-        """As a training's options say, with so many images and processes."""
-        return cls(
-            instance_images * options.train_data_repeats,
+    def of(cls, options: TrainOptions, samples_per_epoch: int, processes: int) -> "Progress":
+        """As a training's options say, with so many samples and processes."""
+        per_update, epochs, updates = (
             options.samples_per_update * processes,
             options.epochs,
-            options.ckpt_save_interval,
+            options.max_updates,
         )
+        if updates:
+            epochs = -(-updates * per_update // samples_per_epoch)
+            text = "%d updates (--max_updates): %.2f epochs of %d samples, instead of %d"
+            logger.info(
+                text, updates, updates * per_update / samples_per_epoch, samples_per_epoch, options.epochs
+            )
+        return cls(samples_per_epoch, per_update, epochs, options.ckpt_save_interval, updates)
 
     def say_that_all_is_done(self) -> None:
-        text = "nothing to do: all %d updates are done. To train longer, give a larger --epochs."
-        logger.info(text, self.total_updates)
+        text = "nothing to do: all %d updates are done. To train longer, give a larger --%s."
+        logger.info(text, self.total_updates, "max_updates" if self.max_updates else "epochs")
 
     @property
     def total_updates(self) -> int:
-        return -(-self.epochs * self.samples_per_epoch // self.samples_per_update)
+        return self.max_updates or -(-self.epochs * self.samples_per_epoch // self.samples_per_update)
+
+    def updates_of(self, fraction: float | None) -> int | None:
+        """How many updates a fraction of the run has, rounded up; None of None."""
+        return None if fraction is None else math.ceil(fraction * self.total_updates)
 
     @property
     def total_samples(self) -> int:

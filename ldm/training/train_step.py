@@ -164,6 +164,7 @@ class TrainStep(nn.TrainOneStepCell):
         super().__init__(loss, apply.optimizer)
         self.masters, self.norm, self.apply_update = masters, norm, apply
         self.collects, self.accumulates = collects, accumulates
+        self.size = 5 if loss.is_weighed else 4  # tensors of a batch
         self.map, self.put = ops.HyperMap(), in_place()
         # CANN has assign_add among its old kernels only; on a CPU it takes no memory beside the sum
         self.adds_in_place = is_on_cpu()
@@ -177,8 +178,8 @@ class TrainStep(nn.TrainOneStepCell):
             dtypes = [ms.float32] * len(masters.trained) if is_summed else masters.gradient_dtypes
             self.sums = zeros_beside(masters.trained, "gradient_sum", dtypes)
 
-    def scaled_loss(self, latents, text, t, noise, scale):
-        loss, instance_loss, class_loss = self.network(latents, text, t, noise)
+    def scaled_loss(self, scale, *batch):
+        loss, instance_loss, class_loss = self.network(*batch)
         return loss * scale, loss, instance_loss, class_loss
 
     def add_to_sums(self, gradients):
@@ -186,10 +187,11 @@ class TrainStep(nn.TrainOneStepCell):
             return self.map(_add_to, self.sums, gradients)
         return self.map(ops.partial(_plus, self.put), self.sums, gradients)
 
-    def construct(self, latents, text, t, noise, scale, factor, *scalars):  # noqa: PLR0913
-        (_, loss, instance_loss, class_loss), gradients = self.loss_and_gradients(
-            latents, text, t, noise, scale
-        )
+    def construct(self, *inputs):
+        """A batch, the loss scale, the factor of the gradients, and the optimizer's scalars."""
+        batch, scale, factor = inputs[: self.size], inputs[self.size], inputs[self.size + 1]
+        scalars = inputs[self.size + 2 :]
+        (_, loss, instance_loss, class_loss), gradients = self.loss_and_gradients(scale, *batch)
         gradients = self.masters.join(gradients)
         if self.averages:
             gradients = self.mean_over_ranks(gradients)

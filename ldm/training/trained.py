@@ -11,6 +11,7 @@ from ldm.networks.attention import BasicTransformerBlock
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.networks.layers import set_dtype, weights_of_products
 from ldm.options import TrainOptions
+from ldm.tokenizer import token_of
 from ldm.training.lora import LoraPlan
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def make_trainable(
     They come reversed, so that MindSpore computes each weight's gradient as soon as the backward pass reaches
     its layer and can free that layer's activations: it orders kernels from a graph's outputs.
     """
-    networks = trained_networks(model, options.train_text_encoder)
+    networks = trained_networks(model, options.trains_text)
     for parameter in model.get_parameters():
         parameter.requires_grad = False
     if lora:
@@ -80,7 +81,12 @@ def make_trainable(
             cast_frozen(network, model.unet.dtype)
         trained = lora.add_to(model, options.lora_dropout, options.seed)
     else:
-        trained = [parameter for network in networks for parameter in network.get_parameters()]
+        whole = trained_networks(model, options.train_text_encoder)
+        trained = [parameter for network in whole for parameter in network.get_parameters()]
+    if options.train_token is not None:
+        text = model.cond_stage_model.transformer
+        trained = [parameter for parameter in trained if parameter is not text.embedding_table]
+        trained.append(text.take_out_word(token_of(options.train_token)))
     for parameter in trained:
         parameter.requires_grad = True
     for network in networks:

@@ -5,16 +5,15 @@ The same step in plain PyTorch, and equal to it: tests/training/test_trainer.py,
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor
 
 from ldm.config import ModelConfig
-from ldm.device import has_newer_kernels, is_dry_run, is_on_cpu
+from ldm.device import graphs_not_kept, is_dry_run, is_on_cpu
 from ldm.memory import release_memory, training_bytes
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.networks.layers import weights_of_products
@@ -25,10 +24,13 @@ from ldm.training.inputs import Inputs
 from ldm.training.lora import LoraPlan
 from ldm.training.loss import DreamBoothLoss
 from ldm.training.masters import Masters
-from ldm.training.optim import AdamW, FusedAdamW, LearningRate, LossScale, MovingAverage
+from ldm.training.optim import MovingAverage, Trainees
+from ldm.training.other_optimizers import make_optimizer
 from ldm.training.progress import Progress
-from ldm.training.train_step import Apply, ApplyCollected, Check, Clear, GlobalNorm, TrainStep
+from ldm.training.rates import LearningRate, LossScale
+from ldm.training.text_part import UNET, TextStop, Word, kind_of, ratio_of
 from ldm.training.trained import make_trainable, trained_networks
+from ldm.training.update import Update
 from ldm.weights.arrays import as_numpy, is_finite
 from ldm.weights.checkpoint import blank_values, require_values
 
@@ -79,111 +81,126 @@ class TooManyOverflows(FloatingPointError):
     weights_are_good = True
 
 
-def build_trainer(
+def build_trainer(  # noqa: PLR0913
     model: LatentDiffusion, inputs: Inputs, options: TrainOptions, config: ModelConfig, ranks: Ranks = ALONE,
-    lora: LoraPlan | None = None,
+    lora: LoraPlan | None = None, text_stop: int | None = None, start: int = 0,
 ) -> "Trainer":  # fmt: skip
-    """The trainer of a model as the options say. It holds the networks that are trained, and no other."""
+    """The trainer of a model as the options say. It holds the networks that are trained, and no other.
+
+    Args:
+        text_stop: the update after which the text encoder is trained no longer; None: to the end.
+        start: how many updates a state that is restored next has behind it.
+    """
+    word = Word.of(options, model.cond_stage_model) if options.train_token else None
     parameters = make_trainable(model, options, lora)
-    networks = trained_networks(model, options.train_text_encoder)
+    networks = trained_networks(model, options.trains_text)
     halved = [own for network in networks for own in weights_of_products(network)]
-    masters = Masters(parameters, joins=not is_on_cpu(), halved=halved, dtype=model.unet.dtype)
-    loss = DreamBoothLoss(
-        model.unet,
-        model.cond_stage_model if options.train_text_encoder else None,
-        NoiseSchedule(config.noise_schedule),
-        options.prior_loss_weight if options.with_prior_preservation else None,
-    )
-    return Trainer(loss, masters, inputs, options, config.precision == "float16", ranks)
+    # Adafactor's sums are of a weight, not of several joined
+    joins = not is_on_cpu() and options.optim != "adafactor"
+    kinds = [kind_of(parameter.name, options) for parameter in parameters]
+    masters = Masters(parameters, joins, halved, model.unet.dtype, kinds)
+
+    def make_loss(trains_text: bool) -> DreamBoothLoss:
+        return DreamBoothLoss(
+            model.unet,
+            model.cond_stage_model if trains_text else None,
+            NoiseSchedule(config.noise_schedule),
+            options.prior_loss_weight if options.with_prior_preservation else None,
+            inputs.weighs,
+        )
+
+    trainer = Trainer(make_loss, masters, inputs, options, config.precision == "float16", ranks, word)
+    if text_stop is not None:
+        trainer.text_stop = TextStop(model.cond_stage_model, text_stop)
+        if trainer.text_stop.is_reached_by(start):
+            trainer.stop_text()
+    return trainer
 
 
 class Trainer:
-    """Fine-tunes `masters` by `loss` on `inputs`.
+    """Fine-tunes `masters` on `inputs`.
 
     Args:
-        masters: of the networks' parameters, in the order of `make_trainable`.
+        make_loss: the loss, with the text encoder or without it.
+        masters: of the networks' parameters, in the order of `make_trainable`; of kinds, see `kind_of`.
         options: of the optimizer, the loss scale, accumulation and averaging.
         can_overflow: float16 compute.
         ranks: the processes that train together; each takes its part of every batch.
+        word: whose embedding is trained apart from the table, or None.
+
+    Attributes:
+        text_stop: when the text encoder stops to be trained, or None.
     """
 
     def __init__(  # noqa: PLR0913
-        self, loss: DreamBoothLoss, masters: Masters, inputs: Inputs, options: TrainOptions,
-        can_overflow: bool = False, ranks: Ranks = ALONE,
+        self, make_loss: Callable[[bool], DreamBoothLoss], masters: Masters, inputs: Inputs,
+        options: TrainOptions, can_overflow: bool = False, ranks: Ranks = ALONE,
+        word: Word | None = None,
     ) -> None:  # fmt: skip
         self.masters, self.inputs, self.options, self.ranks = masters, inputs, options, ranks
-        self.can_overflow = can_overflow
+        self.make_loss, self.can_overflow, self.word = make_loss, can_overflow, word
+        self.text_stop: TextStop | None = None
         self.global_step = 0  # updates done
         self.updates_applied = (
             0  # without those that an overflow skipped: Adam's bias correction counts these
         )
         self.skipped_in_a_row = 0
         self.trained_values = sum(parameter.size for parameter in masters.trained)
+        loss = make_loss(options.trains_text)
         values = sum(parameter.size for parameter in loss.get_parameters())
         self.bytes_needed = training_bytes(values, self.trained_values)
-        accumulates = options.gradient_accumulation_steps > 1
-        max_grad_norm = options.max_grad_norm if options.clip_grad else None
-        scales = can_overflow or accumulates or options.clip_grad
-        adamw = FusedAdamW if has_newer_kernels() else AdamW
-        self.optimizer = adamw(
-            masters.trained, masters.decayed, options.betas, options.weight_decay, options.optim == "adamw",
-            scales,
-        )  # fmt: skip
-        self.learning_rate = LearningRate(
-            options.start_learning_rate, options.end_learning_rate, options.warmup_steps, options.decay_steps
-        )
+        scales = can_overflow or options.gradient_accumulation_steps > 1 or options.clip_grad
+        ratios = [ratio_of(masters.kind(place), options) for place in range(len(masters.trained))]
+        trained = Trainees(masters.trained, masters.decayed, ratios)
+        self.optimizer = make_optimizer(options, trained, scales)
+        self.learning_rate = LearningRate.of(options)
         first_scale = options.init_loss_scale if can_overflow else 1.0
         self.loss_scale = LossScale(first_scale, options.loss_scale_factor, options.scale_window)
-        self.collects = can_overflow or accumulates
-        norm, apply = GlobalNorm(options.clip_grad), Apply(masters, self.optimizer, max_grad_norm)
-        self.step = TrainStep(loss, masters, norm, apply, ranks, self.collects, accumulates)
-        if self.collects:
-            self.check = Check(self.step, norm, ranks, can_overflow)
-            self.apply_collected = ApplyCollected(self.step)
-            self.clear = Clear(self.step) if accumulates else None
+        self.update = Update(loss, masters, self.optimizer, options, can_overflow, ranks)
         self.average = MovingAverage(masters.trained) if options.use_ema else None
         self.mends_last_bits = not is_on_cpu()
 
+    def stop_text(self) -> None:
+        """From now on the text encoder is as it is: its features of the prompts are inputs, and gradients are
+        those of the UNet alone. States go on to have all that they had.
+        """
+        self.text_stop.encode(self.inputs)
+        masters, places = self.masters.part({UNET})
+        self.update = Update(
+            self.make_loss(False),
+            masters,
+            self.optimizer.part(places),
+            self.options,
+            self.can_overflow,
+            self.ranks,
+        )
+        self.text_stop.is_done = True
+
     def compile(self) -> None:
         """Compile the step's graphs into the compile cache. The weights go, to make room for that."""
-        blank_values(self.step)
+        blank_values(self.update.step)
         release_memory()
-        zero = Tensor(0.0, ms.float32)
-        batch = next(self.inputs.batches(self.options.train_batch_size, 1))
-        scalars = [zero, *self.optimizer.scalars(1, 0.0)]
-        self.step.compile(*batch, zero, *scalars)
-        if self.collects:
-            self.check.compile(zero)
-            self.apply_collected.compile(zero, *scalars)
-            if self.clear:
-                self.clear.compile()
+        self.update.compile(next(self.inputs.batches(self.options.train_batch_size, 1)))
 
     def one_update(self) -> UpdateResult:
         """Train on the next samples."""
+        stop = self.text_stop
+        if stop and not stop.is_done and stop.is_reached_by(self.global_step):
+            stop.say()
+            with graphs_not_kept():  # those are numbered by their order, and here a run may begin or not
+                self.stop_text()
+                return self._one_update()
+        return self._one_update()
+
+    def _one_update(self) -> UpdateResult:
         size, count = self.options.train_batch_size, self.options.gradient_accumulation_steps
         scale, rate = self.loss_scale.value, self.learning_rate(self.global_step)
-        factor = Tensor(1 / (scale * count), ms.float32)  # of the sum of `count` gradients
-        scalars = [factor, *self.optimizer.scalars(self.updates_applied + 1, rate)]
-        results = []
-        for batch in self.inputs.batches(size, count, self.global_step, self.ranks):
-            results.append(self.step(*batch, Tensor(scale, ms.float32), *scalars).asnumpy())
-        *losses, norm = np.mean(results, axis=0, dtype=np.float64)
-        is_good = True
-        if self.collects:
-            is_good, norm = self._apply_collected(scalars)
+        scalars = self.update.optimizer.scalars(self.updates_applied + 1, rate)
+        batches = self.inputs.batches(size, count, self.global_step, self.ranks)
+        losses, norm, is_good = self.update(batches, scale, 1 / (scale * count), scalars)
         self._count(skipped=not is_good)
-        mean = self.ranks.mean(np.array(losses)).astype(np.float64)  # between processes it is float32
-        return UpdateResult(mean, float(norm), not is_good)
-
-    def _apply_collected(self, scalars: list) -> tuple[bool, float]:
-        """Whether the collected gradients were applied, and their norm."""
-        good, norm = self.check(scalars[0]).asnumpy()
-        is_good = bool(good) or is_dry_run()  # in which the answer means nothing
-        if is_good:
-            self.apply_collected(Tensor(norm, ms.float32), *scalars)
-        if self.clear:
-            self.clear()
-        return is_good, float(norm)
+        mean = self.ranks.mean(losses).astype(np.float64)  # between processes it is float32
+        return UpdateResult(mean, norm, not is_good)
 
     def _count(self, skipped: bool) -> None:
         """After an update: counters, loss scale, averages."""
@@ -289,19 +306,19 @@ class Trainer:
 
     def weights(self) -> Mapping[str, Parameter | np.ndarray]:
         """The trained weights by name, float32."""
-        return self.masters.named(self.masters.trained)
+        return self._named(self.masters.trained)
+
+    def _named(self, arrays: ParameterTuple) -> Mapping[str, Parameter | np.ndarray]:
+        named = self.masters.named(arrays)
+        return self.word.into_table(named) if self.word else named
 
     def averages(self) -> Mapping[str, Parameter | np.ndarray] | None:
         """With EMA the averages under the names of the weights."""
-        return self.masters.named(self.average.average) if self.average else None
+        return self._named(self.average.average) if self.average else None
 
     def _state_arrays(self) -> dict[str, ParameterTuple]:
         """What a state has for every weight, by the prefix of the names there."""
-        arrays = {
-            "": self.masters.trained,
-            "adam_m.": self.optimizer.moment1,
-            "adam_v.": self.optimizer.moment2,
-        }
+        arrays = {"": self.masters.trained, **self.optimizer.arrays}
         return arrays | ({"ema.": self.average.average} if self.average else {})
 
     def state(self) -> tuple[Mapping[str, Parameter | np.ndarray], dict]:
@@ -311,7 +328,7 @@ class Trainer:
         named = {}
         for prefix, arrays in self._state_arrays().items():
             named |= self.masters.named(arrays, prefix)
-        counters = {name: getattr(self, name) for name in COUNTERS}
+        counters = {name: getattr(self, name) for name in COUNTERS} | self.optimizer.counters()
         if self.can_overflow:
             counters |= {"loss_scale": self.loss_scale.value, "good_updates": self.loss_scale.good_updates}
         return named, counters
@@ -322,13 +339,16 @@ class Trainer:
         The loss scale is taken over between float16 runs only; what it grows and shrinks by are options.
         """
         shapes = {}
-        for prefix in self._state_arrays():
-            shapes |= self.masters.shapes(prefix)
+        for prefix, own in self._state_arrays().items():
+            shapes |= self.masters.shapes(own, prefix)
         require_values(shapes, arrays, source)
         for prefix, own in self._state_arrays().items():
             self.masters.fill(own, arrays, prefix)
         for name in COUNTERS:
             setattr(self, name, int(counters[name]))
+        self.optimizer.restore_counters(counters)
+        if self.text_stop and self.text_stop.is_done:
+            self.text_stop.encode(self.inputs)
         if self.can_overflow and "loss_scale" in counters:
             self.loss_scale.value, self.loss_scale.good_updates = (
                 float(counters["loss_scale"]),

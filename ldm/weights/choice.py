@@ -31,6 +31,7 @@ class ModelOptions(Protocol):
     version: str | None
     variant: str | None
     use_ema_weights: bool
+    zero_terminal_snr: bool
 
 
 def open_model(options: ModelOptions) -> Source:
@@ -39,7 +40,8 @@ def open_model(options: ModelOptions) -> Source:
     Raises as `open_weights` and `choose_config` do.
     """
     source = open_weights(options.checkpoint, options.variant, options.use_ema_weights)
-    return choose_config(source, options.model_config, options.version)
+    source = choose_config(source, options.model_config, options.version)
+    return source.ending_in_noise() if options.zero_terminal_snr else source
 
 
 def put_on_device(options, source: Source):
@@ -201,6 +203,7 @@ def _facts(config: ModelConfig) -> dict:
         "beta_start": noise.beta_start,
         "beta_end": noise.beta_end,
         "timesteps": noise.timesteps,
+        "end in pure noise": noise.zero_terminal_snr,
         "latent scale_factor": config.autoencoder.scale_factor,
         "heads in the UNet": [unet.heads(unet.model_channels * mult) for mult in unet.channel_mult],
         "heads in the text encoder": text.heads,

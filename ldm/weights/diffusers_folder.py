@@ -46,7 +46,7 @@ ONLY = {
     },
     "text_encoder": {"layer_norm_eps": (1e-5,)},
     "scheduler": {
-        "beta_schedule": ("scaled_linear",), "trained_betas": (None,), "rescale_betas_zero_snr": (False,),
+        "beta_schedule": ("scaled_linear",), "trained_betas": (None,),
     },
 }  # fmt: skip
 KINDS = {9: "an inpainting model", 8: "an instruct-pix2pix model", 5: "a depth-to-image model",
@@ -155,6 +155,7 @@ def _read_configs(unet: dict, vae: dict, text: dict, noise: dict, pads_with_end:
             beta_start=float(noise.get("beta_start", 0.0001)),
             beta_end=float(noise.get("beta_end", 0.02)),
             prediction_type=noise.get("prediction_type", "epsilon"),
+            zero_terminal_snr=noise.get("rescale_betas_zero_snr", False),
         ),
     )
 
@@ -256,6 +257,11 @@ def diffusers_configs(config: ModelConfig) -> dict[str, dict]:
             "clip_sample": False,
             "set_alpha_to_one": False,
             "steps_offset": 1,
+            **(
+                {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+                if noise.zero_terminal_snr
+                else {}
+            ),
         },
     }
 

@@ -23,7 +23,11 @@ FLAT_CLIP = re.compile(
 )
 # mindone's and MindSpore's training steps, saved whole: optimizer moments, averages, accumulated gradients;
 # counters and scalars.
-STEP_PREFIXES = ("adam_m.", "adam_v.", "moment1.", "moment2.", "ema.", "swap.", "grad_accumulated_", "zeros_")
+STATE_PREFIXES = ("adam_m.", "moment1.", "lion_m.", "adafactor_row.", "prodigy_m.")
+STEP_PREFIXES = (
+    *STATE_PREFIXES, "adam_v.", "moment2.", "adafactor_column.", "prodigy_v.", "prodigy_s.", "prodigy_start.",
+    "ema.", "swap.", "grad_accumulated_", "zeros_",
+)  # fmt: skip
 STEP_SCALARS = {
     "learning_rate", "beta1_power", "beta2_power", "global_step", "scale_sense", "current_iterator_step",
     "last_overflow_iterator_step", "epoch_num", "cur_step", "loss_scale", "updates",

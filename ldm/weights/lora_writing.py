@@ -154,19 +154,24 @@ def metadata_of(
     options: TrainOptions, config: ModelConfig, sizes: Mapping[str, tuple[int, float]], base: str
 ) -> dict[str, str]:
     """`texts_of`, and how a LoRA was trained, on the base model with that fingerprint."""
+    prompts = ", ".join(its.instance_prompt for its in options.subjects)
+    classes = ", ".join(its.class_prompt for its in options.subjects if its.class_prompt) or None
     own = {
-        "base": base, "instance_prompt": options.instance_prompt, "class_prompt": options.class_prompt,
+        "base": base, "instance_prompt": prompts, "class_prompt": classes,
         "targets": options.lora_targets, "train_text_encoder": options.train_text_encoder,
     }  # fmt: skip
     rate, size = options.start_learning_rate, options.image_size
+    text_rate = options.text_encoder_learning_rate or rate
     training = {
         "ss_learning_rate": rate, "ss_unet_lr": rate,
-        "ss_text_encoder_lr": rate if options.train_text_encoder else None,
+        "ss_text_encoder_lr": text_rate if options.train_text_encoder else None,
+        "ss_min_snr_gamma": options.min_snr_gamma, "ss_noise_offset": options.noise_offset or None,
+        "ss_caption_dropout_rate": options.caption_dropout or None,
         "ss_seed": options.seed, "ss_num_epochs": options.epochs, "ss_resolution": f"({size}, {size})",
         "ss_sd_model_name": options.checkpoint.name, "ss_prior_loss_weight": options.prior_loss_weight,
         "ss_total_batch_size": options.samples_per_update,
-        "ss_training_comment": f"DreamBooth: {options.instance_prompt}",
-        "modelspec.resolution": f"{size}x{size}", "modelspec.trigger_phrase": options.instance_prompt,
+        "ss_training_comment": f"DreamBooth: {prompts}",
+        "modelspec.resolution": f"{size}x{size}", "modelspec.trigger_phrase": prompts,
     }  # fmt: skip
     return texts_of(config, sizes, own) | _as_texts(training)
 

@@ -11,6 +11,7 @@ from ldm.weights.arrays import Arrays
 from ldm.weights.layouts import (
     CLIP,
     DIFFUSERS,
+    STATE_PREFIXES,
     TABLE,
     common_spelling,
     joined_shape,
@@ -151,7 +152,7 @@ def _kinds_by_shape(shapes: Shapes) -> Iterator[tuple[bool, str]]:
             f"such as wukong-huahua, is not read"
         ),
     )
-    is_state = any(name.startswith(("adam_m.", "moment1.")) for name in shapes.arrays)
+    is_state = any(name.startswith(STATE_PREFIXES) for name in shapes.arrays)
     yield (
         is_state and shapes.of("first_stage_model.decoder.conv_out.weight") is None,
         (

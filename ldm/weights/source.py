@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ldm.config import ModelConfig
+from ldm.config import ModelConfig, check_model_config
 from ldm.device import settle_precision
 from ldm.files import sha256_of
 from ldm.values import absent
@@ -49,6 +49,12 @@ class Source:
         """With the precision settled that its model computes in, see ldm.device.settle_precision."""
         settled = settle_precision(precision, self.config.precision, is_forced)
         return replace(self, config=replace(self.config, precision=settled))
+
+    def ending_in_noise(self) -> "Source":
+        """With a noise schedule of zero terminal SNR. Raises ConfigError where the model cannot have one."""
+        schedule = replace(self.config.noise_schedule, zero_terminal_snr=True)
+        config = check_model_config(replace(self.config, noise_schedule=schedule), str(self.path))
+        return replace(self, config=config)
 
 
 def is_diffusers_folder(path: Path) -> bool:

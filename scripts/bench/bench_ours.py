@@ -63,6 +63,7 @@ def training(job, model, config, graphs):
 
     from ldm.networks.autoencoder import posterior_sample
     from ldm.run.checkpoints import Checkpoints
+    from ldm.subjects import Picture, Subject
     from ldm.training.inputs import Inputs, encode_prompts
     from ldm.training.lora import plan_lora
     from ldm.training.samples import DreamBoothSamples
@@ -78,32 +79,35 @@ def training(job, model, config, graphs):
     )  # fmt: skip
     options, lora = plan_lora(options, config, model)
     values = count_values(model, options.train_text_encoder, lora)
-    recompute = settle_recompute(None, values.bytes_needed, config.unet.dropout, options.use_lora)
-    options = replace(options, recompute=recompute)
+    options = replace(options, recompute=settle_recompute(
+        None, values.bytes_needed, config.unet.dropout, options.use_lora
+    ))  # fmt: skip
     latent_channels, side = config.autoencoder.latent_channels, size // config.autoencoder.downsampling
     shape = (2 * batch, latent_channels, side, side)
     rng = np.random.default_rng(0)
     moments = rng.standard_normal((2 * batch, 2 * latent_channels, side, side), dtype=np.float32)
-    samples = DreamBoothSamples.of(options, [Path("instance.png")], [Path("class.png")])  # named, never read
-    text = encode_prompts(options, config, model.cond_stage_model)
-    scale_factor = config.autoencoder.scale_factor
+    instance, of_class = (Picture(Path("never_read.png"), prompt) for prompt in job["prompts"][:2])
+    samples = DreamBoothSamples.of(options, [Subject([instance], 1)], [[of_class]])
+    text = encode_prompts(options, config, model.cond_stage_model, samples.prompts())
     inputs = Inputs(samples, lambda _: moments, text, config)
     with tempfile.TemporaryDirectory() as folder:
         aside = Checkpoints(Path(folder), keep=1)
         aside.take_frozen_from(model, options, lora and lora.writer(options, model))
     trainer = build_trainer(model, inputs, options, config, lora=lora)
     graphs.restart_if_large(trainer.compile, trainer.bytes_needed)  # as train_dreambooth.py
-    text = Tensor(np.repeat(text, batch, axis=0))
+    text = Tensor(np.repeat(list(text.values()), batch, axis=0))
     one, done = Tensor(np.float32(1)), 0
 
     def step() -> None:
         nonlocal done
         done += 1
-        latents = posterior_sample(moments, rng.standard_normal(shape, dtype=np.float32), scale_factor)
+        latents = posterior_sample(moments, rng.standard_normal(shape, dtype=np.float32), inputs.latent_scale)
         t = rng.integers(config.noise_schedule.timesteps, size=2 * batch).astype(np.int32)
         noise = rng.standard_normal(shape, dtype=np.float32)
         scalars = trainer.optimizer.scalars(done, options.start_learning_rate)
-        losses = trainer.step(Tensor(latents), text, Tensor(t), Tensor(noise), one, one, *scalars).asnumpy()
+        losses = trainer.update.step(
+            Tensor(latents), text, Tensor(t), Tensor(noise), one, one, *scalars
+        ).asnumpy()
         assert np.isfinite(losses).all(), f"losses {losses}"
 
     return step

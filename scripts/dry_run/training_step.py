@@ -93,6 +93,8 @@ def step(flags: list[str], size: int) -> None:
 class Zeros:
     """Batches of the shapes that a training has."""
 
+    weighs = False
+
     def __init__(self, options, config) -> None:
         import numpy as np
         from mindspore import Tensor

@@ -71,7 +71,7 @@ def compile_training(trainer, name: str) -> None:
         "check": [zero],
         "apply_collected": [zero, *scalars],
     }
-    return getattr(trainer, name).compile(*inputs[name])
+    return getattr(trainer.update, name).compile(*inputs[name])
 
 
 main(*sys.argv[1:])

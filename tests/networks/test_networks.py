@@ -28,6 +28,7 @@ from ldm.networks.autoencoder import Decode, Encode
 from ldm.networks.latent_diffusion import build_model
 from ldm.networks.layer_set import layers_of_this_device
 from ldm.options import TrainOptions
+from ldm.subjects import Picture, Subject
 from ldm.training.samples import DreamBoothSamples
 from ldm.training.trainer import build_trainer
 from ldm.versions import VERSIONS
@@ -65,9 +66,12 @@ def test_building_the_trainer_renames_nothing(tmp_path, full_size):
     options = TrainOptions(
         instance_prompt="a sks dog", class_prompt="a dog", gradient_accumulation_steps=2, use_ema=True
     )
-    pictures, config = write_pictures(tmp_path, 2), read_model_config(CONFIG)
+    pictures = [Picture(path, options.instance_prompt) for path in write_pictures(tmp_path, 2)]
+    config = read_model_config(CONFIG)
     with no_init_parameters():  # moments and averages of a billion parameters, without their memory
-        inputs = make_inputs(full_size, config, options, DreamBoothSamples.of(options, pictures, pictures))
+        subjects, classes = [Subject(pictures, 40)], [pictures]
+        samples = DreamBoothSamples.of(options, subjects, classes)
+        inputs = make_inputs(full_size, config, options, samples)
         trainer = build_trainer(full_size, inputs, options, config)
     assert {p.name: tuple(p.shape) for p in full_size.get_parameters()} == official_shapes("v2_base")
     trained = {p.name for p in trainer.masters.trained}

@@ -142,7 +142,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 
 
 def test_changes_are_listed(tmp_path, caplog, run):
-    images = make_samples(tmp_path).instance_paths
+    images = make_samples(tmp_path).subjects
     base = tmp_path / "base.ckpt"
     base.write_bytes(b"weights")
     options = dataclasses.replace(

@@ -21,7 +21,7 @@ from ldm.sampling.text_to_image import Sampling
 from ldm.values import ConfigError
 
 SETTINGS = Sampling("ddim", steps=2, guidance_scale=2.0, height=32, width=32)
-OPTIONS = TrainOptions(class_prompt="a dog", seed=1, sample_batch_size=2)
+PROMPT, OPTIONS = "a dog", TrainOptions(seed=1, sample_batch_size=2)
 
 
 def no_bar(total):
@@ -30,7 +30,7 @@ def no_bar(total):
 
 def complete(pipeline, images, ranks=ALONE):
     def generate(numbers):
-        return generate_class_images(pipeline, images, numbers, OPTIONS, SETTINGS)
+        return generate_class_images(pipeline, images, PROMPT, OPTIONS, SETTINGS, numbers)
 
     return images.complete(generate, ranks, no_bar)
 
@@ -46,7 +46,7 @@ def test_they_are_topped_up_to_the_count(pipeline, tmp_path, caplog):
     )
     assert "class images: 0 found, generating 5 of 5" in caplog.text
     (own,) = write_pictures(parts.folder, 1)  # an image of the user's own
-    interrupted = generate_class_images(pipeline, parts, parts.missing(), OPTIONS, SETTINGS)
+    interrupted = generate_class_images(pipeline, parts, PROMPT, OPTIONS, SETTINGS, parts.missing())
     next(interrupted), next(interrupted), next(interrupted)
     interrupted.close()
     assert len(valid_images(parts.folder)) == 4 and parts.missing() == [3]
@@ -72,7 +72,7 @@ def test_processes_generate_what_one_would(pipeline, tmp_path, monkeypatch):
         waits.append(self)
         if len(waits) == 2 and shares:
             images = ClassImages(folder, 3)
-            list(generate_class_images(pipeline, images, [1], OPTIONS, SETTINGS))
+            list(generate_class_images(pipeline, images, PROMPT, OPTIONS, SETTINGS, [1]))
 
     monkeypatch.setattr(Ranks, "wait", wait)
     monkeypatch.setattr(Ranks, "any", lambda _, flag: flag)
@@ -138,7 +138,7 @@ def test_of_two_runs_the_second_waits_and_takes_what_is_there(pipeline, tmp_path
             ended = other.submit(complete, None, second)  # it has no pipeline: it must not draw
             while "another run generates class images there; waiting" not in caplog.text:
                 time.sleep(0.01)
-            drawn = list(generate_class_images(pipeline, first, numbers, OPTIONS, SETTINGS))
+            drawn = list(generate_class_images(pipeline, first, PROMPT, OPTIONS, SETTINGS, numbers))
         assert ended.result(10) == drawn
 
 
@@ -148,7 +148,7 @@ def test_of_two_runs_without_locks_the_faster_ones_image_is_taken(pipeline, tmp_
     numbers = images.missing()
     write_pictures(tmp_path, 1)[0].rename(images.path(1))
     before = images.path(1).read_bytes()
-    list(generate_class_images(pipeline, images, numbers, OPTIONS, SETTINGS))
+    list(generate_class_images(pipeline, images, PROMPT, OPTIONS, SETTINGS, numbers))
     assert images.path(1).read_bytes() == before and images.path(0).exists()
     assert "class_00001.png: another run was faster, its image is taken" in caplog.text
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import SHALLOW, in_half, random_model, write_pictures
 from mindspore import Tensor
-from trainings import make_inputs, progress_of, weights_of_trainer
+from trainings import make_inputs, progress_of, samples_of, weights_of_trainer
 
 from ldm.options import TrainOptions
 from ldm.ranks import ALONE, Ranks
@@ -28,7 +28,7 @@ COUNT = 8  # samples of the tests below: two epochs of two images used twice
 
 def make_samples(folder, random_crop=True, seed=0) -> DreamBoothSamples:
     instance, classes = write_pictures(folder / "instance", 2), write_pictures(folder / "class", 3, seed=1)
-    return DreamBoothSamples(instance, classes, 2, Cropping(32, random_crop), seed)
+    return samples_of(instance, classes, 2, Cropping(32, random_crop), seed)
 
 
 def no_bar(total):
@@ -110,16 +110,14 @@ def test_a_second_run_encodes_nothing_and_another_crop_or_vae_or_pixel_is_a_miss
     assert encoded(samples_again(samples))[1:] == (4, 1, 1)
     assert encoded(samples_again(samples, random_crop=True))[2] > 0
     assert len(list((tmp_path / "latents").iterdir())) > 11
-    samples.class_paths[0].write_bytes(picture.read_bytes())  # the same picture twice is one entry
+    samples.classes[0][0].path.write_bytes(picture.read_bytes())  # the same picture twice is one entry
     assert encoded(samples_again(samples))[1:] == (4, 0, 0)
 
 
 def samples_again(samples, random_crop=False) -> DreamBoothSamples:
     """The same folders read anew."""
     cropping = Cropping(samples.size, random_crop)
-    return DreamBoothSamples(
-        samples.instance_paths, samples.class_paths, samples.repeats, cropping, samples.seed
-    )
+    return DreamBoothSamples(samples.subjects, samples.classes, cropping, samples.seed)
 
 
 def test_damaged_entries_are_encoded_again(tmp_path, encoded, caplog):

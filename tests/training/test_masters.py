@@ -81,6 +81,6 @@ def test_gradients_and_values_find_their_way():
 @pytest.mark.parametrize("joins", [True, False])
 def test_names_and_shapes_are_those_of_the_parameters(joins):
     held = Masters(parameters(), joins=joins)
-    assert held.shapes("ema.") == {f"ema.{name}": shape for name, shape in SHAPES.items()}
+    assert held.shapes(held.trained, "ema.") == {f"ema.{name}": shape for name, shape in SHAPES.items()}
     named = held.named(held.trained, "adam_m.")
-    assert {name: tuple(value.shape) for name, value in named.items()} == held.shapes("adam_m.")
+    assert {name: tuple(value.shape) for name, value in named.items()} == held.shapes(held.trained, "adam_m.")

@@ -1,6 +1,4 @@
-"""Optimizers against torch.optim; learning rate, loss scale and moving average against their definitions."""
-
-import math
+"""AdamW against torch.optim; the moving average against its definition."""
 
 import cann
 import mindspore as ms
@@ -10,7 +8,7 @@ import torch
 from mindspore import Parameter
 
 from ldm.training.masters import has_weight_decay
-from ldm.training.optim import AdamW, FusedAdamW, LearningRate, LossScale, MovingAverage
+from ldm.training.optim import AdamW, FusedAdamW, MovingAverage, Trainees
 
 NAMES = ["layer.weight", "layer.bias", "norm.gamma", "norm.beta", "embedding_table"]
 
@@ -36,7 +34,7 @@ def test_updates_equal_torch(kind, decoupled, weight_decay, monkeypatch):
         for decayed in (True, False)
     ]
     decayed = [has_weight_decay(name) for name in NAMES]
-    optimizer = kind(ours, decayed, (0.9, 0.98), weight_decay, decoupled, True)
+    optimizer = kind(Trainees.alike(ours, decayed), (0.9, 0.98), weight_decay, True, decoupled=decoupled)
     reference = (torch.optim.AdamW if decoupled else torch.optim.Adam)(
         groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-8
     )
@@ -53,22 +51,6 @@ def test_updates_equal_torch(kind, decoupled, weight_decay, monkeypatch):
         moved, wanted = a.asnumpy() - before, b.detach().numpy() - before
         # a rounding of float32 weights about 1
         assert np.abs(moved - wanted).max() <= 1e-5 * np.abs(wanted).max() + 2e-7
-
-
-def test_learning_rate():
-    assert {LearningRate(3e-6)(step) for step in (0, 1, 10_000)} == {3e-6}
-    rate = LearningRate(1.0, end=0.1, warmup_steps=4, decay_steps=10)
-    assert [rate(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert math.isclose(rate(9), 0.55) and math.isclose(rate(14), 0.1) and math.isclose(rate(99), 0.1)
-
-
-def test_loss_scale():
-    scale = LossScale(8.0, 2.0, window=3)
-    values = []
-    for overflow in (False, False, False, True, False, True, True, True, True, True):
-        scale.update(overflow)
-        values.append(scale.value)
-    assert values == [8, 8, 16, 8, 8, 4, 2, 1, 1, 1]
 
 
 def test_moving_average():

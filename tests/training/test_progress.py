@@ -28,5 +28,5 @@ def test_an_update_of_several_epochs_leaves_the_last_of_them():
 
 def test_processes_share_an_update():
     options = TrainOptions(train_batch_size=2, gradient_accumulation_steps=3, train_data_repeats=40, epochs=8)
-    progress = Progress.of(options, instance_images=5, processes=4)
+    progress = Progress.of(options, 5 * options.train_data_repeats, processes=4)
     assert progress.samples_per_update == 24 and progress.total_updates == 67  # 1,600 samples

@@ -3,8 +3,10 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import write_pictures
+from trainings import samples_of
 
-from ldm.training.samples import Cropping, DreamBoothSamples, load_instance_images
+from ldm.subjects import load_instance_images
+from ldm.training.samples import Cropping
 
 
 @pytest.fixture
@@ -14,7 +16,7 @@ def folders(tmp_path):
 
 def make(folders, seed=0, random_crop=False, with_class=True, random_flip=False):
     cropping = Cropping(32, random_crop, random_flip)
-    return DreamBoothSamples(folders[0], folders[1] if with_class else [], 4, cropping, seed)
+    return samples_of(folders[0], folders[1] if with_class else [], 4, cropping, seed)
 
 
 def test_an_epoch_takes_each_instance_picture_equally_often(folders):
@@ -40,21 +42,21 @@ def test_samples_do_not_depend_on_how_the_run_is_split(folders):
     assert long == [*parts.batches(2, 7), *parts.batches(2, 13, start=7)]
     for sample in long[11]:
         assert np.array_equal(whole.pixels(sample), parts.pixels(sample))
-        for a, b in zip(whole.noise(sample, (4, 4, 4), 1000), parts.noise(sample, (4, 4, 4), 1000)):
+        for a, b in zip(whole.noise(sample, (4, 4, 4)), parts.noise(sample, (4, 4, 4))):
             assert np.array_equal(a, b)
 
 
 def test_random_numbers_differ_between_samples_purposes_and_seeds(folders):
     samples, other = make(folders), make(folders, seed=1)
     picked = samples.pick(0, 4)
-    noises = [samples.noise(sample, (4, 8, 8), 1000)[1] for sample in picked] + [
-        other.noise(picked[0], (4, 8, 8), 1000)[1]
+    noises = [samples.noise(sample, (4, 8, 8))[1] for sample in picked] + [
+        other.noise(picked[0], (4, 8, 8))[1]
     ]
-    noises += [samples.noise(picked[0], (4, 8, 8), 1000)[2]]
+    noises += [samples.noise(picked[0], (4, 8, 8))[2]]
     flat = np.stack([noise.ravel() for noise in noises])
     correlation = np.corrcoef(flat) - np.eye(len(flat))
     assert np.abs(correlation).max() < 0.3 and abs(flat.mean()) < 0.1 and abs(flat.std() - 1) < 0.1
-    steps = [samples.noise(sample, (1,), 1000)[0] for sample in samples.pick(0, 500)]
+    steps = [samples.noise(sample, (1,))[0] for sample in samples.pick(0, 500)]
     assert min(steps) < 20 and max(steps) > 980 and abs(np.mean(steps) - 499.5) < 40
 
 

@@ -26,7 +26,8 @@ def compare(tmp_path, config, options, with_class=True):
     trainer = make_trainer(model, config, options, samples)
     assert {p.name for p in model.get_parameters()} == before.keys()  # building the trainer renames nothing
     ours = np.array([trainer.one_update()[0] for _ in range(STEPS)])
-    theirs, final = torch_training(torch_networks(before, config), config, options, samples, STEPS)
+    stop = trainer.text_stop and trainer.text_stop.update
+    theirs, final = torch_training(torch_networks(before, config), config, options, samples, STEPS, stop)
     difference = change = 0.0
     for parameter in model.get_parameters():
         moved = parameter.asnumpy() - before[parameter.name]
@@ -61,6 +62,14 @@ VARIANTS = {
     "v_prediction_frozen_text_accumulation_clipping": (
         PREDICTS_V,
         dict(train_text_encoder=False, gradient_accumulation_steps=2, clip_grad=True, max_grad_norm=0.5),
+    ),
+    "v_prediction_min_snr_offset_noise_and_an_own_rate_of_the_text_encoder": (
+        PREDICTS_V,
+        dict(min_snr_gamma=5.0, noise_offset=0.1, text_encoder_learning_rate=3e-5, max_timestep=900),
+    ),
+    "text_encoder_frozen_after_eight_updates": (
+        SHALLOW,
+        dict(text_encoder_stop=0.2, min_snr_gamma=3.0, clip_grad=True, max_grad_norm=0.5),
     ),
     "stable_diffusion_1_text_encoder": (V1, dict(train_text_encoder=True)),
 }
@@ -146,7 +155,7 @@ def test_float16_training_and_overflow(tmp_path):
     _, _, skipped = trainer.one_update()
     assert skipped and trainer.loss_scale.value == 2.0**28
     assert all(np.array_equal(value, before[name]) for name, value in weights_as_arrays(model).items())
-    assert not any(moment.asnumpy().any() for moment in trainer.optimizer.moment1)
+    assert not any(moment.asnumpy().any() for moment in trainer.optimizer.adam_m)
     reports = [report for report, _ in zip(trainer.updates(progress_of(options, samples)), range(18))]
     assert any(not report.skipped for report in reports) and "OVERFLOW" not in reports[-1].line()
     applied = [report.loss for report in reports if not report.skipped]
