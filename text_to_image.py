@@ -39,11 +39,9 @@ def main(argv: list[str] | None = None) -> None:
         options, source = put_on_device(options, source)
         log_device(options.precision)
         facts = {
-            "attention": options.flash_attention,
-            "n": options.n_samples,
-            "size": (options.H, options.W),
-            "guidance": options.guidance_scale == 1,
-        }
+            "attention": options.flash_attention, "n": options.n_samples, "size": (options.H, options.W),
+            "guidance": (options.guidance_scale == 1, options.guidance_rescale),
+        }  # fmt: skip
         graphs = CompileCache.open(options.caches_graphs, facts | {"config": source.config})
         output = Path(os.path.abspath(options.output_path))  # a link stays one
         (output / "samples").mkdir(parents=True, exist_ok=True)

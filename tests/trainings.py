@@ -11,6 +11,7 @@ from ldm.training.lora import plan_lora
 from ldm.training.progress import Progress
 from ldm.training.samples import Cropping, DreamBoothSamples
 from ldm.training.trainer import Trainer, build_trainer
+from ldm.weights.arrays import as_numpy
 
 OPTIONS = TrainOptions(
     instance_prompt="a photo of sks dog", class_prompt="a photo of a dog", train_batch_size=2, image_size=32,
@@ -55,4 +56,4 @@ def progress_of(options, samples, processes=1) -> Progress:
 
 
 def weights_of_trainer(trainer) -> dict[str, np.ndarray]:
-    return {name: parameter.asnumpy() for name, parameter in trainer.weights().items()}
+    return {name: as_numpy(parameter) for name, parameter in trainer.weights().items()}

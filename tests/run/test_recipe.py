@@ -164,7 +164,7 @@ def test_changes_are_listed(tmp_path, caplog, run):
         cache_latents=False,
         recompute=True,
     )
-    harmless |= dict(keep_weights=1, save_state_minutes=None)
+    harmless |= dict(keep_weights=1, save_state_minutes=None, max_updates=7)
     start.require_same(origin(**harmless), allowed=False)
     # the same update, cut into other batches
     start.require_same(origin(train_batch_size=1, gradient_accumulation_steps=2), allowed=False)
@@ -176,10 +176,18 @@ def test_changes_are_listed(tmp_path, caplog, run):
             match=f"changed since the state was saved: {name} {getattr(options, name)} -> {value};",
         ):
             start.require_same(origin(**{name: value}), allowed=False)
+    recipes = dict(
+        min_snr_gamma=5.0, noise_offset=0.1, captions="table", train_token="sks", lr_schedule="linear"
+    )
+    for name, value in recipes.items():  # a state of an older version knows nothing of them
+        assert name not in start.origin
+        with pytest.raises(ValueError, match=f"{name} None -> {value}"):
+            start.require_same(origin(**{name: value}), allowed=False)
     with pytest.raises(ValueError, match="instance pictures an update 2 -> 4"):
         start.require_same(origin(train_batch_size=4), allowed=False)
     base.write_bytes(b"others")
-    images[0].write_bytes(images[1].read_bytes())
+    pictures = images[0].pictures
+    pictures[0].path.write_bytes(pictures[1].path.read_bytes())
     with pytest.raises(ValueError, match="instance pictures .*; base model "):
         start.require_same(origin(), allowed=False)
     with pytest.raises(ValueError, match="changed since the state was saved: class pictures 1 -> 2;"):

@@ -19,7 +19,8 @@ def resumed_equals_uninterrupted(folder, config, options, stop, steps):
     """A training saves its state and goes on; another one, of a new process as it were, takes it up there."""
     samples = make_samples(folder, options)
     states = States(folder / "states", 2)
-    whole, again = (make_trainer(random_model(config), config, options, samples) for _ in range(2))
+    whole = make_trainer(random_model(config), config, options, samples)
+    again = make_trainer(random_model(config), config, options, samples, start=stop)
     for _ in range(stop):
         whole.one_update()
     states.save(*whole.state(), ORIGIN)
@@ -56,6 +57,26 @@ def test_a_resumed_lora_training_ends_with_the_same_bits(tmp_path):
     names = read_state(state).arrays().keys()
     assert all(name.endswith((".lora_down.weight", ".lora_up.weight")) for name in names)
     assert {name.split(".")[0] for name in names} == {"model", "cond_stage_model", "adam_m", "adam_v", "ema"}
+
+
+RECIPES = {  # together: what has to go with accumulation, float16, LoRA, EMA
+    "adafactor_text_encoder_frozen_after_the_state": (SHALLOW, 2, dict(
+        optim="adafactor", use_ema=True, text_encoder_stop=0.075, text_encoder_learning_rate=3e-5, lr_schedule="cosine", decay_steps=9, min_snr_gamma=5.0,
+    )),
+    "prodigy_lora_float16_a_word_text_encoder_frozen_before_the_state": (in_half(SHALLOW), 2, dict(
+        optim="prodigy", start_learning_rate=1.0, use_lora=True, train_token="sks", text_encoder_stop=0.02,
+        noise_offset=0.1, caption_dropout=0.3, clip_grad=True, use_ema=True,
+    )),
+    "lion_and_a_word_of_a_frozen_text_encoder": (SHALLOW, 2, dict(
+        optim="lion", train_text_encoder=False, train_token="sks", token_learning_rate=1e-2, image_fit="pad",
+        masked_loss=True, min_timestep=100, gradient_accumulation_steps=2,
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config, stop, recipe", RECIPES.values(), ids=RECIPES)
+def test_a_resumed_recipe_ends_with_the_same_bits(tmp_path, config, stop, recipe):
+    resumed_equals_uninterrupted(tmp_path, config, dataclasses.replace(OPTIONS, **recipe), stop, 4)
 
 
 def test_the_loss_scale_and_its_counter_are_kept(tmp_path):

@@ -75,6 +75,41 @@ def test_trajectory_equals_diffusers(name, steps, prediction_type, x_T):
     assert error <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver_pp", "uni_pc"])
+def test_trajectory_from_pure_noise_equals_diffusers(name, x_T):
+    """With zero terminal SNR and trailing steps (Lin et al. 2024)."""
+    noise = dataclasses.replace(
+        SHALLOW.noise_schedule, prediction_type="v_prediction", zero_terminal_snr=True
+    )
+    schedule = NoiseSchedule(noise)
+    ours = sampled(name, denoise, x_T, schedule, 10)
+    assert timesteps_of(name, schedule, 10)[0] == 999
+    scheduler = type(make_scheduler(name, "v_prediction")).from_config(
+        make_scheduler(name, "v_prediction").config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    theirs = reference(scheduler, 10, x_T)
+    error = largest_difference(ours, theirs)
+    print(f"{name} from pure noise: {error:.1e}")
+    assert error <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["plms", "dpm_solver"])
+def test_the_other_samplers_start_from_pure_noise_too(name, x_T):
+    noise = dataclasses.replace(
+        SHALLOW.noise_schedule, prediction_type="v_prediction", zero_terminal_snr=True
+    )
+    exact = np.random.default_rng(1).standard_normal(x_T.shape)
+    schedule = NoiseSchedule(noise)
+
+    def knows(x, t):
+        """v of the image that is to be found."""
+        a, s = schedule.sqrt_alpha[t], schedule.sqrt_one_minus_alpha[t]
+        return (a * x - exact) / s
+
+    found = sampled(name, knows, x_T, schedule, 30)[-1]
+    assert np.isfinite(found).all() and np.abs(found - exact).max() < 0.2
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("steps", [10, 25])
 def test_dpm_solver_equals_the_papers_formulas(steps, prediction_type, x_T):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import ROOT, torch_networks, weights_as_arrays
 from diffusers import DDIMScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ldm.config import read_model_config
 from ldm.networks.autoencoder import posterior_sample
 from ldm.networks.latent_diffusion import build_model
 from ldm.sampling.samplers import sample_ddim, timesteps_of
-from ldm.sampling.text_to_image import Sampling, TextToImage
+from ldm.sampling.text_to_image import Guided, Sampling, TextToImage
 from ldm.weights.checkpoint import load_checkpoint
 
 
@@ -31,6 +32,22 @@ def test_guidance_is_one_doubled_call(pipeline):
     guided = pipeline.denoiser(context, negative, 7.5)(x, 300)
     assert np.abs(guided - (empty + 7.5 * (positive - empty))).max() < 1e-4 * np.abs(guided).max()
     assert np.abs(pipeline.denoiser(context, negative, 1)(x, 300) - positive).max() < 1e-5
+
+
+@pytest.mark.parametrize("share", [0.7, 1.0])
+def test_rescaled_guidance_is_that_of_diffusers(pipeline, share):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 4, 8, 8)).astype(np.float32)
+    context, negative = rng.standard_normal((2, 2, 77, 48)).astype(np.float32)
+    t = ms.Tensor(np.full(2, 300, np.int32))
+    positive, empty = (pipeline.unet(ms.Tensor(x), t, ms.Tensor(c)).asnumpy() for c in (context, negative))
+    guided = torch.from_numpy(empty + 7.5 * (positive - empty))
+    wanted = rescale_noise_cfg(guided, torch.from_numpy(positive), share).numpy()
+    found = Guided(pipeline.unet, share)(
+        ms.Tensor(x), ms.Tensor(np.full(4, 300, np.int32)), ms.Tensor(np.concatenate([negative, context])),
+        ms.Tensor(7.5, ms.float32),
+    ).asnumpy()  # fmt: skip
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
 def test_the_same_seed_draws_the_same_picture_in_any_batch(pipeline):

@@ -3,10 +3,10 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import write_pictures
-from trainings import samples_of
+from trainings import pictures, samples_of
 
-from ldm.subjects import load_instance_images
-from ldm.training.samples import Cropping
+from ldm.subjects import Subject, load_instance_images
+from ldm.training.samples import Cropping, DreamBoothSamples, Noising
 
 
 @pytest.fixture
@@ -143,3 +143,69 @@ def test_instance_folder_errors_and_nothing_written(tmp_path):
     (tmp_path / "instance/bad.jpg").write_text("hello")
     with pytest.raises(ValueError, match="bad.jpg"):
         load_instance_images(tmp_path / "instance")
+
+
+def of_two(folders, classes=2, **noising):
+    """Two subjects of 3 and 5 images, of two classes or one."""
+    first, second = (pictures(paths, f"a sks {n}") for n, paths in enumerate(folders))
+    of_class = [pictures(paths[: 3 + n], f"a {n}") for n, paths in enumerate((folders[1], folders[0]))]
+    subjects = [Subject(first, 4, 0), Subject(second, 2, classes - 1)]
+    return DreamBoothSamples(subjects, of_class[:classes], Cropping(32, True), 0, Noising(**noising))
+
+
+def test_subjects_take_turns_in_proportion(folders):
+    samples = of_two(folders)
+    assert samples.samples_per_epoch == 12 + 10
+    for epoch in range(3):
+        picked = samples.pick(22 * epoch, 22)
+        assert Counter(sample.prompt for sample in picked) == {
+            "a sks 0": 12,
+            "a sks 1": 10,
+            "a 0": 12,
+            "a 1": 10,
+        }
+        assert Counter(sample.path for sample in picked[:22]) == {
+            **{path: 4 for path in folders[0]}, **{path: 2 for path in folders[1]}
+        }  # fmt: skip
+        for first in range(0, 22, 4):  # every batch, as evenly as whole numbers can
+            ours = sum(sample.prompt == "a sks 0" for sample in picked[first : first + 4])
+            assert 1 <= ours <= 3
+        for one, its_class in zip(picked[:22], picked[22:]):
+            assert one.prompt.removeprefix("a sks") == its_class.prompt.removeprefix("a")
+    assert len({(sample.crop_purpose, sample.crop_number) for sample in samples.pick(0, 22)}) == 22 + 3 + 3
+    assert samples.pick(0, 50)[:10] == [*samples.pick(0, 7)[:7], *samples.pick(7, 3)[:3]]
+
+
+def test_a_class_of_two_subjects_is_one_sequence(folders):
+    samples = of_two(folders, classes=1)
+    turns = [sample.path for sample in samples.pick(0, 30)[30:]]
+    assert all(Counter(turns[first : first + 3]) == Counter(folders[1][:3]) for first in range(0, 30, 3))
+    assert samples.prompts() == ["a sks 0", "a sks 1", "a 0"]
+    assert {samples.crop(sample) for sample in samples.pick(0, 66)} == set(samples.crops(66))
+
+
+def test_the_first_subject_of_several_has_the_order_that_it_has_alone(folders):
+    together, alone = of_two(folders), make(folders)
+    own = [sample.path for sample in together.pick(0, 22)[:22] if sample.prompt == "a sks 0"]
+    assert own == [sample.path for sample in alone.pick(0, 12)[:12]]
+
+
+def test_what_is_drawn_follows_the_settings(folders):
+    plain = of_two(folders)
+    changed = of_two(folders, first=200, end=300, offset=0.5, caption_dropout=0.3)
+    picked, others = changed.pick(0, 400), plain.pick(0, 400)
+    dropped = [not sample.prompt for sample in picked]
+    assert 0.25 < np.mean(dropped[:400]) < 0.35 and 0.25 < np.mean(dropped[400:]) < 0.35
+    assert dropped[:400] != dropped[400:] and "" in changed.prompts() and "" not in plain.prompts()
+    assert changed.pick(7, 1)[0] == picked[7]
+    offsets = []
+    for sample, other in zip(picked[:200], others):
+        t, noise, posterior = changed.noise(sample, (4, 8, 8))
+        t0, noise0, posterior0 = plain.noise(other, (4, 8, 8))
+        assert 200 <= t < 300 and np.array_equal(posterior, posterior0)
+        if t == t0:
+            continue
+        offset = noise - noise0
+        assert noise.dtype == np.float32 and np.abs(offset - offset[:, :1, :1]).max() < 1e-6
+        offsets.append(offset[:, 0, 0])
+    assert abs(np.std(offsets) - 0.5) < 0.05 and abs(np.mean(offsets)) < 0.06
