@@ -1,7 +1,6 @@
-"""Fine-tune Stable Diffusion 2 on a few images of one subject (DreamBooth). `--help` lists the options.
+"""Fine-tune Stable Diffusion 2 on a few images of a subject (DreamBooth). `--help` lists the options.
 
-What needs NumPy or MindSpore is imported within functions: a mistyped option is answered at once, and the
-signals are seen to before any thread starts (ldm/run/stopping.py).
+NumPy and MindSpore are imported within functions: typing errors come at once, signals are seen to first.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from ldm.ranks import Ranks
     from ldm.run.folder import RunFolder
     from ldm.run.recipe import Start
-    from ldm.subjects import Subject
     from ldm.training.inputs import Inputs
     from ldm.training.lora import LoraPlan
     from ldm.training.progress import Progress
@@ -33,7 +31,7 @@ class Plan:
     options: TrainOptions
     source: Source
     start: Start
-    subjects: list[Subject]
+    subjects: list
     progress: Progress
     origin: dict
     model: LatentDiffusion
@@ -74,15 +72,15 @@ def plan(options: TrainOptions, source: Source, folder: RunFolder, ranks: Ranks)
     options, lora = plan_lora(options, config, model)
     subjects = load_subjects(options)
     progress = Progress.of(options, sum(map(len, subjects)), ranks.size)
-    options, stop = options.until(progress.total_updates), progress.updates_of(options.text_encoder_stop)
-    origin = origin_of(options, config, source.files, subjects, progress.samples_per_update, stop)
+    options = options.until(progress.total_updates)
+    origin = origin_of(options, config, source.files, subjects, progress)
     start.require_same(origin, options.allow_changed_options)
     start.require_that_it_can_continue(progress.total_updates, folder.path)
     if start.is_done(progress.total_updates) and not start.changes(origin):
         return progress.say_that_all_is_done()
     dropout = max(config.unet.dropout, options.lora_dropout)
     say_what_is_new(options.warmup_steps, dropout)
-    values = count_values(model, options.train_text_encoder, lora)
+    values = count_values(model, options.train_text_encoder, lora, options.optim)
     folder.warn_if_disk_is_too_small(values, progress.checkpoints_to_come(start.global_step), start)
     recompute = settle_recompute(options.recompute, values.bytes_needed, dropout, options.use_lora)
     return Plan(replace(options, recompute=recompute), source, start, subjects, progress, origin, model, lora)
@@ -93,7 +91,6 @@ def prepare(work: Plan, folder: RunFolder, ranks: Ranks) -> Inputs:
     from ldm.run.recipe import origin_of_class_images
     from ldm.sampling.class_images import complete_class_images
     from ldm.sampling.prediction import check_prediction
-    from ldm.subjects import with_prompts
     from ldm.training.inputs import Inputs, encode_prompts
     from ldm.training.latent_cache import Encoding
     from ldm.training.samples import DreamBoothSamples
@@ -104,7 +101,7 @@ def prepare(work: Plan, folder: RunFolder, ranks: Ranks) -> Inputs:
     load_checkpoint(model, work.source, options.use_ema_weights)
     check_prediction(model, work.source)
     show = progress_bar("class images", ranks.is_first)
-    classes = with_prompts(options, complete_class_images(options, config, model, ranks, show))
+    classes = complete_class_images(options, config, model, ranks, show)
     work.origin |= (origin := origin_of_class_images(classes, options))
     work.start.require_same(origin, options.allow_changed_options)
     samples = DreamBoothSamples.of(options, work.subjects, classes)
@@ -123,11 +120,10 @@ def train(work: Plan, folder: RunFolder, inputs: Inputs, ranks: Ranks, stop: Sto
     from ldm.training.trainer import build_trainer
 
     options, progress, config = work.options, work.progress, work.source.config
-    text_stop, start = progress.updates_of(options.text_encoder_stop), work.start.global_step
     facts = {"config": config, "rank": (ranks.rank, ranks.size), "lora": work.lora and work.lora.sizes}
-    facts["text encoder is frozen"] = text_stop is not None and start >= text_stop
+    facts["text encoder is frozen"] = progress.is_past_text_stop(start := work.start.global_step)
     graphs = CompileCache.open(options.caches_graphs, options.graph_facts() | facts, after=inputs)
-    trainer = build_trainer(work.model, inputs, options, config, ranks, work.lora, text_stop, start)
+    trainer = build_trainer(work.model, inputs, options, config, ranks, work.lora, progress.text_stop, start)
     if options.device == "CPU" and ranks.size == 1:
         graphs.restart_if_large(trainer.compile, trainer.bytes_needed)
     recorder = Recorder(folder, trainer, progress, work.origin)

@@ -24,7 +24,8 @@ LORA_FORMATS = ("kohya", "diffusers")
 CAPTIONS = ("none", "text_files", "file_names", "table")
 IMAGE_FITS = ("crop", "pad")
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
-OPTIMIZERS = ("adamw", "adam", "adafactor", "lion", "prodigy")
+# what each keeps from update to update, in values for each that is trained; adafactor one a row and column
+OPTIMIZERS = {"adamw": 2.0, "adam": 2.0, "adafactor": 0.01, "lion": 1.0, "prodigy": 4.0}
 SAVE_DTYPES = ("float32", "float16", "bfloat16")
 PRECISION_HELP = "of all products; auto: as the YAML says, else float16 on Ascend, float32 on a CPU"
 FORCE_PRECISION_HELP = "take a precision that the device does not compute in"

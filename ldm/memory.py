@@ -18,14 +18,14 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def training_bytes(values: int, trained_values: int) -> int:
+def training_bytes(values: int, trained_values: int, kept: float = 2) -> int:
     """The memory that a training may need, of networks with so many values.
 
-    Weights, and of those that are trained a gradient and two moments. With the activations and all else that
-    a full-size step needs, training all values of the UNet took 5.8 times their size, and with what is left
-    of compiling, generating and encoding up to 7.5.
+    Weights, and of those that are trained a gradient and what the optimizer keeps, of AdamW two moments. With
+    the activations and all else that a full-size step needs, training all values of the UNet took 5.8 times
+    their size, and with what is left of compiling, generating and encoding up to 7.5.
     """
-    return int(4 * (4.5 * values + 3 * trained_values))
+    return int(4 * (4.5 * values + (1 + kept) * trained_values))
 
 
 def memory_is_low(needed: int) -> bool:

@@ -22,6 +22,8 @@ from ldm.train_fields import TrainFields
 from ldm.values import ConfigError
 from ldm.versions import official_file, version_from_environment
 
+LEAST_FACTOR = 0.01  # of Prodigy's rate: less is a rate that was meant for another optimizer
+
 
 @dataclass(frozen=True)
 class TrainOptions(TrainFields):
@@ -101,6 +103,9 @@ class TrainOptions(TrainFields):
             "text_encoder_stop: the text encoder is frozen anyway (train_text_encoder=False)"),
             (self.token_learning_rate and not trains_word,
             "token_learning_rate acts with --train_token only"),
+            (self.optim == "prodigy" and self.start_learning_rate < LEAST_FACTOR,
+            "prodigy finds the rate: start_learning_rate is a factor of it, give --start_learning_rate=1, "
+            f"got {self.start_learning_rate:g}"),
             (self.optim == "prodigy" and (self.text_encoder_learning_rate or self.token_learning_rate),
             "prodigy finds one rate for all: leave text_encoder_learning_rate and token_learning_rate out"),
         ]  # fmt: skip

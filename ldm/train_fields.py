@@ -137,14 +137,14 @@ class TrainFields:
     )
     optim: str = option(
         "adamw", "training",
-        "optimizer; adafactor: little memory beside the weights, lion: half of adamw's, at a third of its "
-        "rate, prodigy: finds its rate, on twice adamw's",
-        choices=OPTIMIZERS,
+        "optimizer; adafactor: hardly any memory beside the weights, lion: half of adamw's, at a third of "
+        "its rate, prodigy: finds its rate, on twice adamw's memory",
+        choices=tuple(OPTIMIZERS),
     )  # fmt: skip
     betas: tuple[float, float] | None = option(
         None,
         "training",
-        "decay rates of the optimizer's moments [0.9 0.999; lion: 0.9 0.99]",
+        "decay rates of the moments, but adafactor's [0.9 0.999; lion: 0.9 0.99]",
         least=0,
         below=1,
     )

@@ -12,7 +12,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts/tiny_model")]
 import evaluate_tiny
-from evaluate_tiny import BASE, CONFIG, NEW_PLACES, Evaluation
+from drawer import BASE, CONFIG
+from evaluation import NEW_PLACES, Evaluation
 
 from ldm import images
 from ldm.device import start_device

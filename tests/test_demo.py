@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 from conftest import ROOT
-from evaluate_tiny import CONFIG, Evaluation  # noqa: E402
+from drawer import CONFIG  # noqa: E402
+from evaluation import Evaluation  # noqa: E402
 
 SHORT = ["--num_class_images=20", "--ckpt_save_interval=4"]
 # The short form gave 0.96, 0.92 and 0.96 with seeds 1, 2 and 3, and 1.00 for the prompt; the base model gives

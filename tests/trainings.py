@@ -46,7 +46,7 @@ def make_inputs(model, config, options, samples, moments=None) -> Inputs:
 
 def make_trainer(model, config, options, samples, start=0) -> Trainer:
     options, lora = plan_lora(options, config, model)
-    stop = progress_of(options, samples).updates_of(options.text_encoder_stop)
+    stop = progress_of(options, samples).text_stop
     inputs = make_inputs(model, config, options, samples)
     return build_trainer(model, inputs, options, config, lora=lora, text_stop=stop, start=start)
 

@@ -11,6 +11,7 @@ from typing import IO
 
 from ldm.command_line import start_logging
 from ldm.config import ModelConfig
+from ldm.fields import OPTIMIZERS
 from ldm.files import cache_folder, lock, remove_partial_files, write_text
 from ldm.options import TrainOptions
 from ldm.ranks import Ranks
@@ -129,10 +130,10 @@ class RunFolder:
 def sizes_of(options: TrainOptions, values: int, trained_values: int) -> tuple[int, int, int]:
     """Bytes of the checkpoints of an epoch, of a saved state, and of the frozen networks that are set aside.
 
-    The weights, with EMA twice, in --save_dtype; the trained ones, their moments and averages in float32.
-    With LoRA there is nothing but the trained ones.
+    The weights, with EMA twice, in --save_dtype; the trained ones, what the optimizer keeps of them, and
+    averages in float32. With LoRA there is nothing but the trained ones.
     """
-    state = 4 * trained_values * (3 + options.use_ema)
+    state = int(4 * trained_values * (1 + OPTIMIZERS[options.optim] + options.use_ema))
     if options.use_lora:
         return (2 if options.lora_fp16 else 4) * trained_values * (1 + options.use_ema), state, 0
     frozen = (values - trained_values) * options.cache_latents

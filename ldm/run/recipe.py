@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ldm.config import ModelConfig
 from ldm.files import fingerprint, write_text
@@ -24,6 +25,13 @@ from ldm.weights.lora_files import find_lora
 
 RECORD = "run.json"
 logger = logging.getLogger(__name__)
+
+
+class Counting(Protocol):
+    """How a run's samples make up updates: ldm.training.progress.Progress."""
+
+    samples_per_update: int
+    text_stop: int | None  # the update after which the text encoder is frozen
 
 
 @dataclass(frozen=True)
@@ -171,15 +179,14 @@ def write_record(output: Path, origin: dict, ended: int | None = None) -> None:
 
 
 def origin_of(
-    options: TrainOptions, config: ModelConfig, base: list[Path], subjects: list[Subject],
-    samples_per_update: int, text_stop: int | None = None,
+    options: TrainOptions, config: ModelConfig, base: list[Path], subjects: list[Subject], progress: Counting
 ) -> dict:  # fmt: skip
     """What a training's result follows from, to be compared when it is resumed; without the class images, see
     below.
 
     Args:
         base: the files of the base model.
-        text_stop: the update after which the text encoder is frozen, if it is.
+        progress: how many samples an update has.
 
     The names are those in the files of saved states.
     """
@@ -188,13 +195,13 @@ def origin_of(
     lora = options.use_lora and options.lora_ckpt_path
     return {
         **options.training_facts(),
-        "instance pictures an update": samples_per_update,
+        "instance pictures an update": progress.samples_per_update,
         "instance pictures": fingerprint([picture.path for picture in pictures]),
         "base model": fingerprint(base) + averaged,
         "model configuration": json.loads(json.dumps(config.facts())),
         **_captions(pictures, options, "instance"),
         **_masks(pictures),
-        **({"text encoder frozen after update": text_stop} if text_stop is not None else {}),
+        **({} if progress.text_stop is None else {"text encoder frozen after": progress.text_stop}),
         **({"LoRA at the start": fingerprint([find_lora(Path(lora))[0]])} if lora else {}),
     }
 

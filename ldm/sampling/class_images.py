@@ -20,6 +20,7 @@ from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.options import TrainOptions
 from ldm.ranks import Ranks
 from ldm.sampling.text_to_image import Sampling, TextToImage
+from ldm.subjects import Picture, with_prompts
 from ldm.values import ConfigError
 from ldm.weights.lora_merge import fingerprint_of
 
@@ -154,9 +155,9 @@ def valid_images(folder: Path) -> list[Path]:
 def complete_class_images(
     options: TrainOptions, config: ModelConfig, model: LatentDiffusion, ranks: Ranks,
     show: Callable[[int], AbstractContextManager],
-) -> list[list[Path]]:  # fmt: skip
-    """The images of each class of a training, after generating the missing ones; none without prior
-    preservation.
+) -> list[list[Picture]]:  # fmt: skip
+    """The images of each class of a training, with their prompts, after generating the missing ones; none
+    without prior preservation.
     """
     if not options.with_prior_preservation:
         return []
@@ -180,7 +181,7 @@ def complete_class_images(
         )
         generate = partial(generate_class_images, pipeline, images, its.class_prompt, options, settings)
         found.append(images.complete(generate, ranks, show))
-    return found
+    return with_prompts(options, found)
 
 
 def generate_class_images(  # noqa: PLR0913

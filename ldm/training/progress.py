@@ -21,6 +21,7 @@ class Progress:
         epochs: of the run. Its last update is filled up with samples of one epoch more.
         checkpoint_interval: epochs between checkpoints; the last epoch has one, too.
         max_updates: ends the run instead of the epochs: their number is then that of all that are begun.
+        text_encoder_stop: the fraction of the run after which the text encoder is frozen.
     """
 
     samples_per_epoch: int
@@ -28,6 +29,7 @@ class Progress:
     epochs: int
     checkpoint_interval: int = 1
     max_updates: int | None = None
+    text_encoder_stop: float | None = None
 
     @classmethod
     def of(cls, options: TrainOptions, samples_per_epoch: int, processes: int) -> "Progress":
@@ -43,7 +45,10 @@ class Progress:
             logger.info(
                 text, updates, updates * per_update / samples_per_epoch, samples_per_epoch, options.epochs
             )
-        return cls(samples_per_epoch, per_update, epochs, options.ckpt_save_interval, updates)
+        return cls(
+            samples_per_epoch, per_update, epochs, options.ckpt_save_interval, updates,
+            options.text_encoder_stop,
+        )  # fmt: skip
 
     def say_that_all_is_done(self) -> None:
         text = "nothing to do: all %d updates are done. To train longer, give a larger --%s."
@@ -53,9 +58,15 @@ class Progress:
     def total_updates(self) -> int:
         return self.max_updates or -(-self.epochs * self.samples_per_epoch // self.samples_per_update)
 
-    def updates_of(self, fraction: float | None) -> int | None:
-        """How many updates a fraction of the run has, rounded up; None of None."""
-        return None if fraction is None else math.ceil(fraction * self.total_updates)
+    @property
+    def text_stop(self) -> int | None:
+        """The update after which the text encoder is trained no longer; None: it is trained to the end."""
+        if self.text_encoder_stop is None:
+            return None
+        return math.ceil(self.text_encoder_stop * self.total_updates)
+
+    def is_past_text_stop(self, update: int) -> bool:
+        return self.text_stop is not None and update >= self.text_stop
 
     @property
     def total_samples(self) -> int:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from mindspore import Parameter, nn
 
 from ldm.device import is_on_cpu
+from ldm.fields import OPTIMIZERS
 from ldm.memory import LARGE, memory_is_low, training_bytes
 from ldm.networks.attention import BasicTransformerBlock
 from ldm.networks.latent_diffusion import LatentDiffusion
@@ -29,12 +30,14 @@ class Values(NamedTuple):
     bytes_needed: int
 
 
-def count_values(model: LatentDiffusion, train_text_encoder: bool, lora: LoraPlan | None = None) -> Values:
+def count_values(
+    model: LatentDiffusion, train_text_encoder: bool, lora: LoraPlan | None = None, optim: str = "adamw"
+) -> Values:
     networks = trained_networks(model, train_text_encoder)
     own = sum(parameter.size for network in networks for parameter in network.get_parameters())
     whole = sum(parameter.size for parameter in model.get_parameters())
     trained = lora.values if lora else own
-    return Values(whole, trained, training_bytes(own, trained))
+    return Values(whole, trained, training_bytes(own, trained, OPTIMIZERS[optim]))
 
 
 def settle_recompute(

@@ -6,14 +6,13 @@ The same step in plain PyTorch, and equal to it: tests/training/test_trainer.py,
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor
 
 from ldm.config import ModelConfig
 from ldm.device import graphs_not_kept, is_dry_run, is_on_cpu
+from ldm.fields import OPTIMIZERS
 from ldm.memory import release_memory, training_bytes
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.networks.layers import weights_of_products
@@ -28,6 +27,7 @@ from ldm.training.optim import MovingAverage, Trainees
 from ldm.training.other_optimizers import make_optimizer
 from ldm.training.progress import Progress
 from ldm.training.rates import LearningRate, LossScale
+from ldm.training.report import Report, TooManyOverflows, UpdateResult
 from ldm.training.text_part import UNET, TextStop, Word, kind_of, ratio_of
 from ldm.training.trained import make_trainable, trained_networks
 from ldm.training.update import Update
@@ -38,47 +38,6 @@ COUNTERS = ("global_step", "updates_applied")  # of the trainer's state
 MOST_APART = 0.01  # of the largest value of an array: what roundings do to weights within an epoch
 MAX_SKIPPED_IN_A_ROW = 50  # updates; a loss scale that halves 50 times has left float16's range long before
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an update did. Losses are means over its accumulated steps; the rate is in images per second."""
-
-    global_step: int
-    total_steps: int
-    epoch: int
-    loss: float
-    instance_loss: float
-    class_loss: float
-    learning_rate: float
-    images_per_second: float
-    seconds_left: float
-    gradient_norm: float
-    loss_scale: float
-    skipped: bool
-
-    def line(self) -> str:
-        prior = f" instance {self.instance_loss:.4f} class {self.class_loss:.4f}" if self.class_loss else ""
-        left = time.strftime("%H:%M:%S", time.gmtime(self.seconds_left))
-        overflow = f", OVERFLOW: update skipped, loss scale now {self.loss_scale:g}" if self.skipped else ""
-        return (
-            f"step {self.global_step}/{self.total_steps} epoch {self.epoch} loss {self.loss:.4f}{prior} "
-            f"lr {self.learning_rate:.3g}, {self.images_per_second:.2f} images/s, {left} left{overflow}"
-        )
-
-
-class UpdateResult(NamedTuple):
-    """Mean (loss, instance loss, class loss), gradient norm, and whether an overflow skipped the update."""
-
-    losses: np.ndarray
-    gradient_norm: float
-    skipped: bool
-
-
-class TooManyOverflows(FloatingPointError):
-    """Float16 overflowed in update after update, in all processes; the weights are still those of before."""
-
-    weights_are_good = True
 
 
 def build_trainer(  # noqa: PLR0913
@@ -148,7 +107,7 @@ class Trainer:
         self.trained_values = sum(parameter.size for parameter in masters.trained)
         loss = make_loss(options.trains_text)
         values = sum(parameter.size for parameter in loss.get_parameters())
-        self.bytes_needed = training_bytes(values, self.trained_values)
+        self.bytes_needed = training_bytes(values, self.trained_values, OPTIMIZERS[options.optim])
         scales = can_overflow or options.gradient_accumulation_steps > 1 or options.clip_grad
         ratios = [ratio_of(masters.kind(place), options) for place in range(len(masters.trained))]
         trained = Trainees(masters.trained, masters.decayed, ratios)
@@ -281,6 +240,8 @@ class Trainer:
                 if arrays is self.masters.trained:
                     apart = max(apart, float(np.abs(mine - theirs).max() / max(np.abs(theirs).max(), 1e-30)))
                 array.set_data(Tensor(theirs))
+        for name, values in self.optimizer.counters().items():
+            self.optimizer.restore_counters({name: self.ranks.first(np.array(values)).tolist()})
         apart = self.ranks.largest(apart)
         text = "trained weights of rank %s differ from rank 0's, by %.1e of the largest: all take rank 0's"
         logger.warning(text, ", ".join(map(str, different)), apart)

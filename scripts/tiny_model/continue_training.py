@@ -31,8 +31,9 @@ from ldm.ranks import ALONE
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 from ldm.training.loss import DreamBoothLoss
-from ldm.training.optim import AdamW
-from ldm.training.train_step import TrainStep, Update
+from ldm.training.masters import Masters
+from ldm.training.optim import AdamW, Trainees
+from ldm.training.train_step import Apply, GlobalNorm, TrainStep
 from ldm.weights.checkpoint import load_checkpoint, weights_of
 from ldm.weights.writing import save_weights
 
@@ -71,13 +72,12 @@ def train(options: argparse.Namespace) -> None:
     for parameter in model.first_stage_model.get_parameters():
         parameter.requires_grad = False
     parameters = [*reversed([*text_encoder.trainable_params(), *unet.trainable_params()])]
-    optimizer = AdamW(parameters, (0.9, 0.99), 0.01, decoupled=True)
+    masters = Masters(parameters, joins=False)
+    optimizer = AdamW(Trainees.alike(masters.trained, masters.decayed), (0.9, 0.99), 0.01, scales=False)
     step = TrainStep(
-        loss,
-        optimizer,
-        Update(optimizer, 1.0, can_overflow=False, scales=False, ranks=ALONE),
+        loss, masters, GlobalNorm(True), Apply(masters, optimizer, 1.0), ALONE, collects=False,
         accumulates=False,
-    )
+    )  # fmt: skip
 
     def held_out_loss() -> float:
         rng = np.random.default_rng(7)

@@ -81,7 +81,8 @@ class Judges:
     """The trained judge, from its files in models/."""
 
     def __init__(self) -> None:
-        self.labels = json.loads(LABELS.read_text())["labels"]
+        noted = json.loads(LABELS.read_text())
+        self.labels, self.class_of = noted["labels"], noted["class_of"]  # a subject's class
         rows, columns = HELD_OUT_SHEET
         sheet = np.asarray(read_image(HELD_OUT)).reshape(rows, SIDE, columns, SIDE, 3)
         # pictures of the generator that nothing was trained on

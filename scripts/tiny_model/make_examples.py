@@ -19,7 +19,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for the icon packages")
-    parser.add_argument("--subject", default="penguin", choices=sorted(word for word, _ in sprites.HELD_OUT))
+    parser.add_argument("--subject", default="penguin", choices=list(sprites.HELD_OUT))
     parser.add_argument("--seed", type=int, default=11)
     options = parser.parse_args()
     _, held_out = sprites.load(options.work)

@@ -44,12 +44,13 @@ def draw(rng, drawings, held_out, subjects) -> tuple[np.ndarray, dict]:
         name = subjects[rng.integers(len(subjects))]
         place, wall = (list(table)[rng.integers(len(table))] for table in (pictures.PLACES, pictures.COLOURS))
         return pictures.compose(rng, held_out[name], place, wall), {
-            "class": name,
+            "class": sprites.HELD_OUT[name][0],
             "colour": "",
             "place": place,
             "subject": name,
         }
-    known = {name: drawings[name] for name in subjects} if kind < 0.6 else drawings
+    alike = {sprites.HELD_OUT[name][0] for name in subjects}
+    known = {word: drawings[word] for word in drawings if word in alike} if kind < 0.6 else drawings
     picture, facts = pictures.sample(rng, known)
     return picture, {key: facts[key] for key in ("class", "colour", "place")} | {"subject": ""}
 
@@ -135,7 +136,8 @@ def main() -> None:
         .swapaxes(1, 2)
         .reshape(rows * SIDE, columns * SIDE, 3)
     ).save(HELD_OUT)
-    LABELS.write_text(json.dumps({"labels": labels, "held_out": facts}) + "\n")
+    class_of = {name: sprites.HELD_OUT[name][0] for name in subjects}
+    LABELS.write_text(json.dumps({"labels": labels, "class_of": class_of, "held_out": facts}) + "\n")
     judges = Judges()
     scores, _ = judges.judge(Tensor(x.numpy()))
     difference = np.abs(scores.asnumpy() - network(x).detach().numpy()).max()

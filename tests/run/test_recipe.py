@@ -11,6 +11,7 @@ from trainings import OPTIONS, make_samples
 
 from ldm.run.recipe import RECORD, Start, find_start, origin_of, read_record, write_record
 from ldm.run.states import States
+from ldm.training.progress import Progress
 
 A, B = {"seed": 1, "rate": 0.1}, {"seed": 1, "rate": 0.2}
 
@@ -152,7 +153,7 @@ def test_changes_are_listed(tmp_path, caplog, run):
     def origin(**changes):
         changed = dataclasses.replace(options, **changes)
         return json.loads(
-            json.dumps(origin_of(changed, SHALLOW, [changed.checkpoint], images, changed.samples_per_update))
+            json.dumps(origin_of(changed, SHALLOW, [changed.checkpoint], images, Progress.of(changed, 80, 1)))
         )
 
     start = Start(run.latest(), origin() | {"class pictures": "1"})
