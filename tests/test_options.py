@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHALLOW
 from given_options import error_of, train
 
 from ldm.command_line import parse_options
@@ -97,7 +97,17 @@ MISTAKES = {
     "--start_learning_rate": "a value that begins with a dash is given as --NAME=VALUE",
     "--instance_data_dir=/nowhere": "no such folder",
     "--pretrained_model_file=other.ckpt": "no such file or folder; see models/README.md",
-    "--end_learning_rate=1e-7": "give --decay_steps too",
+    "--end_learning_rate=1e-7": "give --decay_steps too, or an --lr_schedule",
+    "--lr_cycles=3": "lr_cycles acts with --lr_schedule=cosine_with_restarts only",
+    "--lr_power=2": "lr_power acts with --lr_schedule=polynomial only",
+    "--lr_schedule=exponential": "must be one of constant, linear, cosine",
+    "--token_learning_rate=1e-3": "token_learning_rate acts with --train_token only",
+    "--train_token=nosuchdog": "train_token: must be a word of one token, 'nosuchdog' has 4",
+    "--train_token=ohwx": "train_token: 'ohwx' is in no instance prompt",
+    "--caption_dropout=1.5": "must be 1 or less, got 1.5",
+    "--text_encoder_stop=0": "must be more than 0",
+    "--captions=txt": "must be one of none, text_files, file_names, table",
+    "--concepts=/nowhere.json": "no such file",
     "--train_config=/nowhere.json": "no such file",
 }
 
@@ -320,3 +330,30 @@ def test_what_depends_on_an_option_is_said_by_its_field():
     assert TrainOptions(use_lora=True).training_facts().keys() == names
     of_lora = {"lora_rank", "lora_alpha", "lora_targets", "lora_dropout"}
     assert TrainOptions().training_facts().keys() == names - of_lora
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--train_text_encoder=False", "--text_encoder_learning_rate=1e-6"], "the text encoder is frozen"),
+    (["--train_text_encoder=False", "--text_encoder_stop=0.5"], "the text encoder is frozen anyway"),
+    (["--optim=prodigy", "--start_learning_rate=1e-6"], "give --start_learning_rate=1, got 1e-06"),
+    (["--optim=prodigy", "--text_encoder_learning_rate=1"], "prodigy finds one rate for all"),
+    (["--lr_schedule=constant", "--decay_steps=5"], "decay_steps contradicts --lr_schedule=constant"),
+])  # fmt: skip
+def test_recipes_that_contradict_themselves_are_refused(files, capsys, flags, wanted):
+    assert wanted in error_of(capsys, lambda: train(files, *flags))
+
+
+def test_recipes_that_go_together(files):
+    options = train(files, "--train_text_encoder=False", "--train_token=sks", "--text_encoder_stop=0.5",
+                    "--lr_schedule=linear", "--end_learning_rate=1e-7", "--max_train_steps=80")  # fmt: skip
+    assert options.trains_text and not options.train_text_encoder and options.max_updates == 80
+    assert not train(files, "--train_text_encoder=False").trains_text
+
+
+def test_time_steps_are_those_of_the_model(files):
+    config = dataclasses.replace(
+        SHALLOW, noise_schedule=dataclasses.replace(SHALLOW.noise_schedule, timesteps=50)
+    )
+    assert train(files, "--sampling_steps=20").for_model(config).max_timestep == 50
+    with pytest.raises(ConfigError, match="min_timestep must be less than 40, got 45"):
+        train(files, "--min_timestep=45", "--max_timestep=40").for_model(SHALLOW)

@@ -30,3 +30,18 @@ def test_processes_share_an_update():
     options = TrainOptions(train_batch_size=2, gradient_accumulation_steps=3, train_data_repeats=40, epochs=8)
     progress = Progress.of(options, 5 * options.train_data_repeats, processes=4)
     assert progress.samples_per_update == 24 and progress.total_updates == 67  # 1,600 samples
+
+
+def test_a_number_of_updates_ends_the_run_whatever_the_epochs(caplog):
+    caplog.set_level("INFO")
+    options = TrainOptions(
+        train_batch_size=2, epochs=8, max_updates=25, ckpt_save_interval=2, text_encoder_stop=0.3
+    )
+    progress = Progress.of(options, 20, processes=1)
+    assert (progress.total_updates, progress.epochs, progress.total_samples) == (25, 3, 50)
+    assert "25 updates (--max_updates): 2.50 epochs of 20 samples, instead of 8" in caplog.text
+    assert [update for update in range(26) if progress.epoch_to_save(update)] == [20, 25]
+    assert progress.epoch_to_save(25) == 3 and progress.checkpoints_to_come(0) == 2
+    assert progress.text_stop == 8 and [progress.is_past_text_stop(n) for n in (7, 8)] == [False, True]
+    longer = Progress.of(TrainOptions(train_batch_size=2, epochs=1, max_updates=25), 20, processes=1)
+    assert (longer.total_updates, longer.text_stop, longer.is_past_text_stop(99)) == (25, None, False)
