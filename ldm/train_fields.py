@@ -185,7 +185,7 @@ class TrainFields:
     lr_schedule: str | None = value_option(
         None, "recipes",
         "how the rate falls to the end: calmer last updates, so that more of them harm less; with warm-up "
-        "from 0, as in diffusers [constant, or cosine over decay_steps]",
+        "from 0, as in diffusers; without it constant, or cosine over decay_steps",
         choices=LR_SCHEDULES, aliases=("--lr_scheduler",),
     )  # fmt: skip
     lr_cycles: int = value_option(
@@ -200,8 +200,8 @@ class TrainFields:
     )  # fmt: skip
     text_encoder_stop: float | None = option(
         None, "recipes",
-        "freeze the text encoder after this fraction of the run: faster updates from then on, and prompts "
-        "keep their sense [never]", above=0, most=1,
+        "freeze the text encoder after this fraction of the run, and compute it no more: prompts keep their "
+        "sense [never]", above=0, most=1,
     )  # fmt: skip
     train_token: str | None = option(
         None, "recipes",

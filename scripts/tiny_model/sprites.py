@@ -37,7 +37,7 @@ HELD_OUT = {
     "penguin": ("penguin", "noto-v1", "penguin"),
     "car": ("car", "noto-v1", "automobile"),
     "house": ("house", "noto-v1", "house"),
-    "pickup": ("car", "noto", "pickup-truck"),
+    "racer": ("car", "noto", "racing-car"),
     "hut": ("house", "fluent-emoji-flat", "hut"),
 }
 SIZE = 128
