@@ -16,18 +16,21 @@ PROMPT = "[prompt]"  # in a caption: the instance prompt, or that of the class
 SUFFIXES = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv", "img_txt.csv")  # of Hugging Face's imagefolder; of mindone
 NUMBERED = re.compile(r"[\s_-]*(\(\d+\)|[\s_-]\d+)$")  # what tells apart files of one name
-DRAWN = re.compile(r"class_\d{5,}")  # a class image's own name says nothing
+SAYS_NOTHING = re.compile(
+    r"(img|dscn?|dscf|pxl|image|photo|picture|screenshot|class)?[\W\d_]*", re.IGNORECASE
+)
 logger = logging.getLogger(__name__)
 
 
 def prompts_of(
-    folder: Path, paths: Sequence[Path], prompt: str, kind: str, needs_table: bool = True
+    folder: Path, paths: Sequence[Path], prompt: str, kind: str, is_class: bool = False
 ) -> list[str]:
     """The prompt of each image of a folder: its caption, or, where it has none, `prompt`.
 
     Args:
         kind: one of ldm.fields.CAPTIONS.
-        needs_table: where a table is asked for, it must be there.
+        is_class: of class images: a table need not be there, and a file name is a caption only if it says
+            [prompt], for those of generated images say nothing.
 
     Raises:
         ValueError: a table is not there or cannot be read, or a text file is no text.
@@ -37,13 +40,14 @@ def prompts_of(
         return [prompt] * len(paths)
     if kind == "table":
         table = _table(folder)
-        if table is None and needs_table:
+        if table is None and not is_class:
             raise ValueError(f"{folder}: captions=table, but there is none of {', '.join(TABLES)} in it")
         captions = [(table or {}).get(path.name, "") for path in paths]
     elif kind == "text_files":
         captions = [_beside(path) for path in paths]
     else:
         captions = [_named(path) for path in paths]
+        captions = [named if PROMPT in named or not is_class else "" for named in captions]
     found = sum(map(bool, captions))
     logger.info("%s: %d of %d images have a caption, the others take the prompt %r",
                 folder, found, len(paths), prompt)  # fmt: skip
@@ -58,7 +62,7 @@ def _beside(path: Path) -> str:
 
 
 def _named(path: Path) -> str:
-    if DRAWN.fullmatch(path.stem):
+    if SAYS_NOTHING.fullmatch(path.stem):
         return ""
     return " ".join(NUMBERED.sub("", path.stem).replace("_", " ").split())
 

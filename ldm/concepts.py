@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.config import read_values
-from ldm.values import ConfigError, nearest, parse_value
+from ldm.values import ConfigError, nearest, parse_value, require_file
 
 # of other programs that read such files, and of no meaning here
 IGNORED = ("class_negative_prompt", "save_sample_prompt", "save_sample_negative_prompt", "instance_token",
@@ -46,6 +46,7 @@ def read_concepts(path: Path, num_class_images: int, train_data_repeats: int) ->
     Raises:
         ConfigError: it cannot be read, or two subjects contradict each other.
     """
+    require_file(path, "concepts", "give a JSON or YAML list of subjects")
     listed = read_values(path)
     if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
         raise ConfigError(f"{path}: must be a list of subjects, each with {', '.join(SUBJECT_KEYS[:4])}")

@@ -65,9 +65,9 @@ def value_option(default, group: str, text: str, **more):
     return option(default, group, text, shapes_graph=False, **more)
 
 
-def is_left_alone(spec: Field, value) -> bool:
-    """Whether an option that older versions do not know is as they were."""
-    return spec.metadata["group"] in ("captions", "recipes") and value == spec.default
+def came_later(spec: Field) -> bool:
+    """Whether states of older versions do not know an option: they were made as by its default."""
+    return spec.metadata["group"] in ("captions", "recipes")
 
 
 def require_weights(path: Path, hint: str) -> None:

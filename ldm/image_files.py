@@ -5,10 +5,11 @@ import logging
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -48,6 +49,7 @@ KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")  # repeats and prompt
 MASK = ".mask.png"  # after an image's name
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 NOTE = "drawn_from.json"  # beside generated class images, see ldm/sampling/class_images.py
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -58,17 +60,22 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         ValueError: the file is damaged, too large or no image that is read; the message names it.
     """
+    return _read_with(_read, path)
+
+
+def _read_with(read: Callable[[Path, Path | BytesIO], T], path: Path) -> T:
+    """What `read` makes of a file, of a PNG once more without its text. Raises as `read_image` does."""
     if reason := not_read(path):
         raise ValueError(f"{path}: {reason}")
     try:
         try:
-            return _read(path, path)
+            return read(path, path)
         except _TooLarge:
             raise
         except Exception:  # a reader raises whatever the damage leads to
             if not _beginning(path).startswith(PNG):
                 raise
-            return _read(path, _without_text(path))
+            return read(path, _without_text(path))
     except Exception as error:
         raise ValueError(f"{path}: {_what_is_wrong(path, error)}") from None
 
@@ -161,6 +168,21 @@ def mask_file(path: Path) -> Path:
     return path.with_name(path.stem + MASK)
 
 
+def _read_white(path: Path, file: Path | BytesIO) -> Image.Image:
+    """How white an image is, what is transparent being black (L)."""
+    with _opened(file) as image:
+        image = _upright(image, path).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("L")
+
+
+def _read_alpha(path: Path, file: Path | BytesIO) -> Image.Image | None:
+    """The alpha channel (L) of an image that has one."""
+    with _opened(file) as image:
+        if image.mode not in TRANSPARENT and "transparency" not in image.info:
+            return None
+        return _upright(image, path).convert("RGBA").getchannel("A")
+
+
 def mask_of(path: Path) -> Image.Image | None:
     """Where an image shows its subject, white, in shades of grey (L): of `NAME.mask.png` beside it, or, of
     one that is not opaque, its alpha channel; else None.
@@ -170,7 +192,7 @@ def mask_of(path: Path) -> Image.Image | None:
     """
     file = mask_file(path)
     if file.is_file():
-        mask, sides = read_image(file).convert("L"), read_image(path).size
+        mask, sides = _read_with(_read_white, file), read_image(path).size
         if abs(mask.width * sides[1] / (mask.height * sides[0]) - 1) > 0.02:
             raise ValueError(
                 f"{file}: must have the shape of its image, {sides[0]} x {sides[1]}, got {mask.width} x "
@@ -178,10 +200,9 @@ def mask_of(path: Path) -> Image.Image | None:
             )
         mask = mask.resize(sides)
     else:
-        with _opened(path) as image:
-            if image.mode not in TRANSPARENT and "transparency" not in image.info:
-                return None
-            mask = _upright(image, path).convert("RGBA").getchannel("A")
+        mask = _read_with(_read_alpha, path)
+        if mask is None:
+            return None
     lowest, highest = mask.getextrema()
     if not highest:
         raise ValueError(f"{file if file.is_file() else path}: its mask is empty: nothing would be learned")

@@ -1,6 +1,7 @@
 """The options of train_dreambooth.py. Must not import mindspore."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,9 @@ from ldm.config import ModelConfig
 from ldm.device import is_dry_run
 from ldm.fields import (
     beside_program,
+    came_later,
     check_folders,
     check_version,
-    is_left_alone,
     lora_target_names,
     require_weights,
 )
@@ -74,8 +75,9 @@ class TrainOptions(TrainFields):
                 why = more if name.startswith("class") else ""
                 where = f"{self.concepts}: {name}" if self.concepts else f"--{name}"
                 raise ConfigError(f"{where} is missing: it is required{why}")
-            classes = concept.class_data_dir if self.with_prior_preservation else None
-            check_folders(concept.instance_data_dir, classes, self.output_path)
+        classes = [its.class_data_dir for its in self.subjects] if self.with_prior_preservation else [None]
+        for concept, class_data_dir in itertools.product(self.subjects, classes):
+            check_folders(concept.instance_data_dir, class_data_dir, self.output_path)
         if self.resume not in (None, "latest") and not Path(self.resume).is_dir():
             raise ConfigError(f"resume must be latest, or a folder states/step_* of a run, got {self.resume}")
         check_version(self.version)
@@ -103,6 +105,7 @@ class TrainOptions(TrainFields):
             "text_encoder_stop: the text encoder is frozen anyway (train_text_encoder=False)"),
             (self.token_learning_rate and not trains_word,
             "token_learning_rate acts with --train_token only"),
+            (self.embedding_path and not trains_word, "embedding_path acts with --train_token only"),
             (self.optim == "prodigy" and self.start_learning_rate < LEAST_FACTOR,
             "prodigy finds the rate: start_learning_rate is a factor of it, give --start_learning_rate=1, "
             f"got {self.start_learning_rate:g}"),
@@ -147,12 +150,17 @@ class TrainOptions(TrainFields):
         How the samples of an update are cut into batches is left out: it changes roundings only.
         """
         facts = self._where("changes_result") | {"betas": list(self.betas)}
-        later = [spec for spec in dataclasses.fields(self) if is_left_alone(spec, getattr(self, spec.name))]
-        left_out = {spec.name for spec in later} | (set(SUBJECT_KEYS) if self.concepts else set())
+        facts |= {"concepts": [concept.facts() for concept in self.subjects] if self.concepts else None}
+        left_out = set(SUBJECT_KEYS) if self.concepts else set()
         if not self.use_lora:
             left_out |= {name for name in facts if name.startswith("lora_")}
-        facts = {name: value for name, value in facts.items() if name not in left_out}
-        return facts | ({"concepts": [concept.facts() for concept in self.subjects]} if self.concepts else {})
+        return {name: value for name, value in facts.items() if name not in left_out}
+
+    @classmethod
+    def facts_of_before(cls) -> dict:
+        """Of `training_facts` those that states of older versions do not know, as they were made."""
+        later = [spec for spec in dataclasses.fields(cls) if came_later(spec)]
+        return {spec.name: spec.default for spec in later if spec.metadata["changes_result"]}
 
     def _where(self, what: str) -> dict:
         return {

@@ -2,6 +2,7 @@
 Knows no network.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from ldm.captions import prompts_of
 from ldm.concepts import classes_of
 from ldm.image_files import FORMATS, MASK, list_images, mask_of, require_usable, where_images_lie
 from ldm.options import TrainOptions
+from ldm.tokenizer import token_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,24 @@ def load_subjects(options: TrainOptions) -> list[Subject]:
     Raises:
         ValueError: as `load_instance_images`; or captions or masks are not as asked for.
     """
+    if options.concepts:
+        text = "%s: %d subjects; what other options say of folders and prompts is not used"
+        logger.info(text, options.concepts, len(options.subjects))
     subjects = []
     for concept, class_number in zip(options.subjects, classes_of(options.subjects)[1]):
         folder = Path(concept.instance_data_dir)
         paths = load_instance_images(folder)
         prompts = prompts_of(folder, paths, concept.instance_prompt, options.captions)
         masked = [options.masked_loss and mask_of(path) is not None for path in paths]
-        if options.masked_loss and not any(masked) and options.image_fit == "crop":
-            raise ValueError(
-                f"instance_data_dir {folder}: masked_loss, but no image there is transparent or has a "
-                f"NAME{MASK} beside it"
-            )
         pictures = [Picture(*each) for each in zip(paths, prompts, masked)]
         subjects.append(Subject(pictures, concept.train_data_repeats, class_number))
+    every = [picture for subject in subjects for picture in subject.pictures]
+    if options.masked_loss and options.image_fit == "crop" and not any(its.has_mask for its in every):
+        raise ValueError(
+            f"masked_loss: none of {len(every)} images is transparent or has a NAME{MASK} beside it"
+        )
+    if options.train_token is not None:
+        token_of(options.train_token, [picture.prompt for picture in every])
     return subjects
 
 
@@ -77,6 +86,6 @@ def with_prompts(options: TrainOptions, class_images: Sequence[Sequence[Path]]) 
     found = []
     for concept, paths in zip(classes_of(options.subjects)[0], class_images):
         folder, prompt = Path(concept.class_data_dir), concept.class_prompt
-        prompts = prompts_of(folder, paths, prompt, options.captions, needs_table=False)
+        prompts = prompts_of(folder, paths, prompt, options.captions, is_class=True)
         found.append([Picture(path, prompt) for path, prompt in zip(paths, prompts)])
     return found

@@ -144,7 +144,7 @@ class TrainFields:
     betas: tuple[float, float] | None = option(
         None,
         "training",
-        "decay rates of the moments, but adafactor's [0.9 0.999; lion: 0.9 0.99]",
+        "decay rates of the moments [0.9 0.999; lion: 0.9 0.99; adafactor has none]",
         least=0,
         below=1,
     )
@@ -208,6 +208,9 @@ class TrainFields:
         "train this word's embedding, and of the embeddings no other: with a frozen text encoder or LoRA, to "
         "learn what the word means; saved in a file of its own, too [no]", metavar="WORD",
     )  # fmt: skip
+    embedding_path: str | None = run_option(
+        None, "recipes", "a file of that embedding to go on from [no]", metavar="FILE"
+    )
     token_learning_rate: float | None = option(
         None, "recipes", "of that embedding, usually 5 to 100 times the others' [the text encoder's]", above=0
     )

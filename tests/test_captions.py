@@ -33,9 +33,10 @@ def test_file_names(tmp_path, images):
     assert prompts_of(tmp_path, images, PROMPT, "file_names") == [
         "on the beach", "on the hill", "in the snow", PROMPT,
     ]  # fmt: skip
-    assert prompts_of(tmp_path, [tmp_path / "[prompt] asleep.png"], PROMPT, "file_names") == [
-        "a sks dog asleep"
-    ]
+    other = [tmp_path / name for name in ("[prompt] asleep.png", "IMG_1234.jpg", "00000.png", "DSC01234.jpg")]
+    assert prompts_of(tmp_path, other, PROMPT, "file_names") == ["a sks dog asleep", PROMPT, PROMPT, PROMPT]
+    of_class = [tmp_path / "a lazy cat.png", tmp_path / "[prompt] at rest.png"]
+    assert prompts_of(tmp_path, of_class, "a dog", "file_names", is_class=True) == ["a dog", "a dog at rest"]
 
 
 @pytest.mark.parametrize("name, text", [
@@ -65,7 +66,7 @@ def test_tables_that_are_refused(tmp_path, images, name, text, message):
 def test_a_table_that_is_asked_for_must_be_there(tmp_path, images):
     with pytest.raises(ValueError, match="captions=table, but there is none of metadata.jsonl"):
         prompts_of(tmp_path, images, PROMPT, "table")
-    assert prompts_of(tmp_path, images, PROMPT, "table", needs_table=False) == [PROMPT] * 4  # of a class
+    assert prompts_of(tmp_path, images, PROMPT, "table", is_class=True) == [PROMPT] * 4  # of a class
 
 
 def test_captions_that_are_not_asked_for_are_mentioned_in_one_line(tmp_path, images, caplog):

@@ -77,12 +77,15 @@ def test_options_take_the_subjects_of_the_file(files, tmp_path, capsys):
     facts = options.training_facts()
     assert [its["class_prompt"] for its in facts["concepts"]] == ["a dog", "a cat"]
     assert "instance_prompt" not in facts and "num_class_images" not in facts
-    assert "concepts" not in train(files).training_facts() and len(train(files).subjects) == 1
+    assert train(files).training_facts()["concepts"] is None and len(train(files).subjects) == 1
     without = written(tmp_path, [{key: entry[key] for key in ("instance_data_dir", "instance_prompt")}
                                  for entry in listed])  # fmt: skip
     assert len(train(files, f"--concepts={without}", "--with_prior_preservation=False").subjects) == 2
     message = error_of(capsys, lambda: train(files, f"--concepts={without}"))
     assert "concepts.json: class_data_dir is missing: it is required with prior preservation" in message
+    other = listed[1] | {"class_data_dir": listed[0]["instance_data_dir"]}
+    slip = written(tmp_path, [listed[0], other])
+    assert "lies in instance_data_dir" in error_of(capsys, lambda: train(files, f"--concepts={slip}"))
     gone = written(tmp_path, [DOG])
     assert "instance_data_dir dog: no such folder" in error_of(
         capsys, lambda: train(files, f"--concepts={gone}")

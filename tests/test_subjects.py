@@ -53,6 +53,17 @@ def test_masks_are_found_and_weigh_the_loss(options):
     assert seen == {True, False}
 
 
+def test_a_mask_may_be_white_on_nothing(options):
+    """As programs export a selection."""
+    (subject,) = load_subjects(options)
+    path = subject.pictures[0].path
+    alpha = np.zeros((*Image.open(path).size[::-1], 4), np.uint8)
+    alpha[:8] = 255
+    Image.fromarray(alpha).save(path.with_suffix(".mask.png"))
+    mask = np.asarray(mask_of(path))
+    assert (mask[:8] == 255).all() and not mask[8:].any()
+
+
 def test_masks_that_cannot_be_used(options, tmp_path):
     options = dataclasses.replace(options, masked_loss=True)
     (subject,) = load_subjects(options)
@@ -65,7 +76,7 @@ def test_masks_that_cannot_be_used(options, tmp_path):
         load_subjects(options)
     path.with_suffix(".mask.png").unlink(), subject.pictures[1].path.unlink()
     with pytest.raises(
-        ValueError, match="masked_loss, but no image there is transparent or has a NAME.mask.png"
+        ValueError, match="masked_loss: none of 2 images is transparent or has a NAME.mask.png"
     ):
         load_subjects(options)
     assert mask_of(path) is None

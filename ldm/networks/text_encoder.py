@@ -104,3 +104,17 @@ class TextEncoder(nn.Cell):
 
     def construct(self, token_ids):
         return self.transformer(token_ids)
+
+
+class EncodeText(nn.Cell):
+    """A text encoder as it is now. MindSpore takes a graph again that it has compiled of a cell, for inputs
+    of the same shape, whatever has become of the cell since then (a LoRA, a word of its own): a new cell has
+    none.
+    """
+
+    def __init__(self, text_encoder: TextEncoder) -> None:
+        super().__init__(auto_prefix=False)
+        self.text_encoder = text_encoder
+
+    def construct(self, token_ids):
+        return self.text_encoder(token_ids)

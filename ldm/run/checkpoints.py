@@ -101,8 +101,8 @@ class Checkpoints:
             else:
                 self._save_whole(changed, weights, path)
             logger.info("saved %s", path)
-        if self.word is not None:
-            self._save_embedding(self.folder / f"dreambooth_embedding_{name}.safetensors", weights)
+            if self.word is not None:
+                self._save_embedding(embedding_beside(path), changed)
         if self._are_on_disk and self.format == "mindspore" and self.dtype == "float32":
             # which has them now: the nameless file goes, and this one stays open
             self.frozen = read_file(paths[0])
@@ -128,8 +128,16 @@ class Checkpoints:
     def save_if_missing(self, name: str, saved_at: int, weights: Mapping, averages: Mapping | None) -> None:
         """Write what a run that was killed after its state, saved at that time, has left out."""
         paths = self.paths(name, averages is not None)
+        paths += [embedding_beside(path) for path in paths] if self.word is not None else []
         if not all(path.exists() and path.stat().st_mtime_ns >= saved_at for path in paths):
             self.save(name, weights, averages)
+
+
+def embedding_beside(path: Path) -> Path:
+    """Where the embedding of the word lies that was trained with a checkpoint."""
+    name = path.name.removesuffix(".ckpt").removesuffix(".safetensors")
+    name = name.removeprefix("dreambooth_").removeprefix("lora_")
+    return path.with_name(f"dreambooth_embedding_{name}.safetensors")
 
 
 def own_checkpoints(folder: Path, kind: str = "epoch") -> dict[int, list[Path]]:

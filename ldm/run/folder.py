@@ -97,6 +97,8 @@ class RunFolder:
         """Write the options as they are used, nothing left open, and the model configuration."""
         if self.ranks.is_first:
             effective = {"options": dataclasses.asdict(used), "model": dataclasses.asdict(config)}
+            if used.concepts:
+                effective["concepts"] = [dataclasses.asdict(concept) for concept in used.subjects]
             write_text(self.path / "effective_config.json", json.dumps(effective, indent=2) + "\n")
 
     def note_run(self, origin: dict, ended: int | None = None) -> None:

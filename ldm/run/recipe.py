@@ -66,7 +66,7 @@ class Start:
 
     def changes(self, now: dict) -> list[str]:
         """What differs from the run that was begun, as far as `now` tells."""
-        before = self.origin if self.origin is not None else now
+        before = now if self.origin is None else TrainOptions.facts_of_before() | self.origin
         return [line for name, value in now.items() for line in _differences(name, before.get(name), value)]
 
     def require_same(self, now: dict, allowed: bool) -> None:
@@ -192,7 +192,7 @@ def origin_of(
     """
     pictures = [picture for subject in subjects for picture in subject.pictures]
     averaged = " averaged" if options.use_ema_weights else ""
-    lora = options.use_lora and options.lora_ckpt_path
+    lora, word = options.use_lora and options.lora_ckpt_path, options.embedding_path
     return {
         **options.training_facts(),
         "instance pictures an update": progress.samples_per_update,
@@ -201,15 +201,16 @@ def origin_of(
         "model configuration": json.loads(json.dumps(config.facts())),
         **_captions(pictures, options, "instance"),
         **_masks(pictures),
-        **({} if progress.text_stop is None else {"text encoder frozen after": progress.text_stop}),
+        "text encoder frozen after": progress.text_stop,
         **({"LoRA at the start": fingerprint([find_lora(Path(lora))[0]])} if lora else {}),
+        "embedding at the start": fingerprint([Path(word)]) if word else None,
     }
 
 
 def _captions(pictures: Sequence[Picture], options: TrainOptions, whose: str) -> dict:
     """Of images that have prompts of their own, what these are."""
     if options.captions == "none":
-        return {}
+        return {f"{whose} captions": None}
     text = json.dumps([picture.prompt for picture in pictures])
     return {f"{whose} captions": hashlib.sha256(text.encode()).hexdigest()}
 
@@ -219,7 +220,7 @@ def _masks(pictures: Sequence[Picture]) -> dict:
     paths = [
         path for path in map(mask_file, (its.path for its in pictures if its.has_mask)) if path.is_file()
     ]
-    return {"masks": fingerprint(paths)} if paths else {}
+    return {"masks": fingerprint(paths) if paths else None}
 
 
 def origin_of_class_images(classes: list[list[Picture]], options: TrainOptions) -> dict:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from ldm.run.checkpoints import embedding_beside
 from ldm.run.folder import RunFolder
 from ldm.run.states import State
 from ldm.subjects import Subject
@@ -31,6 +32,8 @@ class Counting(Protocol):
     """Which updates end an epoch, or the run: ldm.training.progress.Progress."""
 
     total_updates: int
+    epochs: int
+    text_stop: int | None
 
     def epoch_to_save(self, update: int) -> int | None: ...
     def say_that_all_is_done(self) -> None: ...
@@ -91,7 +94,9 @@ class Recorder:
                 are not saved.
         """
         due, every = self._due(update, stops), self.options.save_every
-        keeps_state = stops or bool(every and update % every == 0)
+        # what follows compiles once more: where that takes too much memory, nothing is to be lost
+        is_before_stop = update == self.progress.text_stop and self.options.save_state_minutes is not None
+        keeps_state = stops or is_before_stop or bool(every and update % every == 0)
         if not keeps_state and not due:
             return
         self.trainer.agree_on_weights()
@@ -140,11 +145,15 @@ class Recorder:
     def end(self) -> None:
         """Note that the run is complete, and say how to use what it has made."""
         self.folder.note_run(self.origin, ended=self.progress.total_updates)
-        path = self.checkpoints.paths(f"epoch_{self.options.epochs}", self.trainer.averages() is not None)[-1]
-        given = self.options.model_config
-        config = "" if given == "auto" else f"--config {given} "
-        lora = f"--ckpt_path {self.options.checkpoint} --lora_ckpt_path" if self.checkpoints.lora else ""
-        logger.info(
-            "done; generate images with: python text_to_image.py %s%s %s --prompt ...",
-            config, lora or "--ckpt_path", path,
-        )  # fmt: skip
+        path = self.checkpoints.paths(f"epoch_{self.progress.epochs}", self.trainer.averages() is not None)[
+            -1
+        ]
+        flags = [f"--ckpt_path {path}"]
+        if self.options.model_config != "auto":
+            flags.insert(0, f"--config {self.options.model_config}")
+        if self.checkpoints.lora:
+            flags[-1] = f"--ckpt_path {self.options.checkpoint} --lora_ckpt_path {path}"
+            flags += ["--zero_terminal_snr"] * self.options.zero_terminal_snr
+            if self.options.train_token is not None:
+                flags.append(f"--embedding_path {embedding_beside(path)}")
+        logger.info("done; generate images with: python text_to_image.py %s --prompt ...", " ".join(flags))

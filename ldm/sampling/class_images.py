@@ -170,7 +170,7 @@ def complete_class_images(
         "guidance_scale": options.guidance_scale,
         "image_size": size,
         "seed": options.seed,
-    }
+    } | ({"zero_terminal_snr": True} if config.noise_schedule.zero_terminal_snr else {})
     pipeline = TextToImage(model, config)
     settings = Sampling(options.class_sampler, options.sampling_steps, options.guidance_scale, size, size)
     found = []

@@ -7,7 +7,7 @@ from mindspore import Tensor
 
 from ldm.config import ModelConfig
 from ldm.networks.autoencoder import posterior_sample
-from ldm.networks.text_encoder import TextEncoder
+from ldm.networks.text_encoder import EncodeText, TextEncoder
 from ldm.options import TrainOptions
 from ldm.ranks import ALONE, Ranks
 from ldm.schedule import NoiseSchedule, min_snr_weights
@@ -33,14 +33,14 @@ def encode_prompts(
 
 def features_of(text_encoder: TextEncoder, token_ids: np.ndarray) -> np.ndarray:
     """(P, 77, width) float32 of (P, 77) token ids; of many, some at a time."""
-    size = min(len(token_ids), PROMPTS_AT_A_TIME)
+    size, encode = min(len(token_ids), PROMPTS_AT_A_TIME), EncodeText(text_encoder)
     found = []
     for start in range(0, len(token_ids), size):
         rows = token_ids[start : start + size]
         padded = np.concatenate(
             [rows, np.repeat(rows[-1:], size - len(rows), axis=0)]
         )  # one shape, one graph
-        found.append(text_encoder(Tensor(padded)).asnumpy().astype(np.float32)[: len(rows)])
+        found.append(encode(Tensor(padded)).asnumpy().astype(np.float32)[: len(rows)])
     return np.concatenate(found)
 
 

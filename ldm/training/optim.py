@@ -96,21 +96,24 @@ class Trainees:
     Attributes:
         parameters: in the order in which the backward pass comes by.
         decayed: which of them have weight decay.
-        ratios: of each one's learning rate to the run's.
+        kinds: of each one, a number: a graph knows these, not the rates.
+        ratios: of each kind's learning rate to the run's.
     """
 
     parameters: Sequence[Parameter]
     decayed: Sequence[bool]
-    ratios: Sequence[float]
+    kinds: Sequence[int]
+    ratios: Sequence[float] = (1.0,)
 
     @classmethod
     def alike(cls, parameters: Sequence[Parameter], decayed: Sequence[bool]) -> "Trainees":
         """All at the run's rate."""
-        return cls(parameters, decayed, [1.0] * len(parameters))
+        return cls(parameters, decayed, [0] * len(parameters))
 
     def part(self, places: Sequence[int]) -> "Trainees":
-        return Trainees(*([values[place] for place in places] for values in
-                          (self.parameters, self.decayed, self.ratios)))  # fmt: skip
+        """Some of them."""
+        columns = self.parameters, self.decayed, self.kinds
+        return Trainees(*([column[place] for place in places] for column in columns), self.ratios)
 
 
 class Optimizer(nn.Cell):
@@ -137,8 +140,7 @@ class Optimizer(nn.Cell):
         self.trained, self.parameters = trained, ParameterTuple(trained.parameters)
         self.betas, self.weight_decay, self.scales = betas, weight_decay, scales
         self.decayed = tuple(weight_decay > 0 and its for its in trained.decayed)
-        self.ratios = tuple(sorted(set(trained.ratios), reverse=True))
-        self.kinds = tuple(self.ratios.index(ratio) for ratio in trained.ratios)
+        self.kinds, self.ratios = tuple(trained.kinds), tuple(trained.ratios)
         bounds = equal_groups([p.size for p in trained.parameters], GROUPS)
         self.bounds = split_where_changed(bounds, self.kinds)
         self.kinds_of_groups = tuple(self.kinds[first] for first, _ in self.bounds)

@@ -244,7 +244,7 @@ class DreamBoothSamples:
         """(1, side, side) float32 of mean 1: how much the loss counts in each place of the latents, or all 0
         where the mask of an image is empty within the sample's square.
         """
-        if sample.noise_purpose != INSTANCE_NOISE or not (sample.has_mask or self.cropping.pads):
+        if not (sample.has_mask or self.cropping.pads):
             return np.ones((1, side, side), np.float32)
         _, top, left, flipped = self.crop(sample)
         square = self._mask(sample.path, sample.has_mask)[top : top + self.size, left : left + self.size]

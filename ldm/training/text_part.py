@@ -17,23 +17,29 @@ from ldm.training.inputs import Inputs
 from ldm.weights.arrays import as_numpy
 from ldm.weights.embeddings import ROW, TABLE, with_row
 
-UNET, TEXT, WORD = "unet", "text", "word"  # kinds of trained parameters
+KINDS = UNET, TEXT, WORD = "unet", "text", "word"  # of trained parameters
 logger = logging.getLogger(__name__)
 
 
 def kind_of(name: str, options: TrainOptions) -> str:
     """Of a trained parameter, by its name; all are of one kind where nothing tells them apart."""
-    differs = options.text_encoder_learning_rate or options.text_encoder_stop or options.token_learning_rate
-    if not differs or not name.startswith("cond_stage_model."):
+    if not tells_kinds_apart(options) or not name.startswith("cond_stage_model."):
         return UNET
     return WORD if name == ROW else TEXT
 
 
-def ratio_of(kind: str, options: TrainOptions) -> float:
-    """Of the learning rate of a kind of parameters to the run's."""
+def tells_kinds_apart(options: TrainOptions) -> bool:
+    """Whether a training does something with the text encoder or a word that it does not with the UNet."""
+    return any((options.text_encoder_learning_rate, options.text_encoder_stop, options.token_learning_rate))
+
+
+def ratios_of(options: TrainOptions) -> tuple[float, ...]:
+    """Of the learning rate of each kind of parameters to the run's."""
+    if not tells_kinds_apart(options):
+        return (1.0,)
     rate = options.start_learning_rate
     text = options.text_encoder_learning_rate or rate
-    return {UNET: rate, TEXT: text, WORD: options.token_learning_rate or text}[kind] / rate
+    return 1.0, text / rate, (options.token_learning_rate or text) / rate
 
 
 @dataclass

@@ -1,9 +1,11 @@
 """Which networks a run trains, and how they are made ready for it."""
 
 import logging
+from pathlib import Path
 from typing import NamedTuple
 
-from mindspore import Parameter, nn
+import numpy as np
+from mindspore import Parameter, Tensor, nn
 
 from ldm.device import is_on_cpu
 from ldm.fields import OPTIMIZERS
@@ -14,6 +16,8 @@ from ldm.networks.layers import set_dtype, weights_of_products
 from ldm.options import TrainOptions
 from ldm.tokenizer import token_of
 from ldm.training.lora import LoraPlan
+from ldm.values import ConfigError
+from ldm.weights.embeddings import read_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +34,13 @@ class Values(NamedTuple):
     bytes_needed: int
 
 
-def count_values(
-    model: LatentDiffusion, train_text_encoder: bool, lora: LoraPlan | None = None, optim: str = "adamw"
-) -> Values:
-    networks = trained_networks(model, train_text_encoder)
-    own = sum(parameter.size for network in networks for parameter in network.get_parameters())
-    whole = sum(parameter.size for parameter in model.get_parameters())
-    trained = lora.values if lora else own
-    return Values(whole, trained, training_bytes(own, trained, OPTIMIZERS[optim]))
+def count_values(model: LatentDiffusion, options: TrainOptions, lora: LoraPlan | None = None) -> Values:
+    def size(networks) -> int:
+        return sum(parameter.size for network in networks for parameter in network.get_parameters())
+
+    trained = lora.values if lora else size(trained_networks(model, options.train_text_encoder))
+    used = size(trained_networks(model, options.trains_text))
+    return Values(size([model]), trained, training_bytes(used, trained, OPTIMIZERS[options.optim]))
 
 
 def settle_recompute(
@@ -89,7 +92,9 @@ def make_trainable(
     if options.train_token is not None:
         text = model.cond_stage_model.transformer
         trained = [parameter for parameter in trained if parameter is not text.embedding_table]
-        trained.append(text.take_out_word(token_of(options.train_token)))
+        trained.append(row := text.take_out_word(token := token_of(options.train_token)))
+        if options.embedding_path:
+            row.set_data(Tensor(start_of_word(Path(options.embedding_path), token, row.shape[1])))
     for parameter in trained:
         parameter.requires_grad = True
     for network in networks:
@@ -99,6 +104,14 @@ def make_trainable(
             if isinstance(cell, BasicTransformerBlock):
                 cell.recompute_feed_forward()
     return [parameter for network in networks for parameter in reversed(network.trainable_params())]
+
+
+def start_of_word(path: Path, token: int, width: int) -> np.ndarray:
+    """(1, width) of a file. Raises ConfigError where it is of another word."""
+    its_token, row = read_embedding(path, width)
+    if its_token != token:
+        raise ConfigError(f"embedding_path {path}: is not of the word of train_token")
+    return row[None]
 
 
 def cast_frozen(network: nn.Cell, dtype) -> None:

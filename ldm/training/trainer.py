@@ -28,7 +28,7 @@ from ldm.training.other_optimizers import make_optimizer
 from ldm.training.progress import Progress
 from ldm.training.rates import LearningRate, LossScale
 from ldm.training.report import Report, TooManyOverflows, UpdateResult
-from ldm.training.text_part import UNET, TextStop, Word, kind_of, ratio_of
+from ldm.training.text_part import KINDS, UNET, TextStop, Word, kind_of, ratios_of
 from ldm.training.trained import make_trainable, trained_networks
 from ldm.training.update import Update
 from ldm.weights.arrays import as_numpy, is_finite
@@ -109,8 +109,8 @@ class Trainer:
         values = sum(parameter.size for parameter in loss.get_parameters())
         self.bytes_needed = training_bytes(values, self.trained_values, OPTIMIZERS[options.optim])
         scales = can_overflow or options.gradient_accumulation_steps > 1 or options.clip_grad
-        ratios = [ratio_of(masters.kind(place), options) for place in range(len(masters.trained))]
-        trained = Trainees(masters.trained, masters.decayed, ratios)
+        kinds = [KINDS.index(masters.kind(place)) for place in range(len(masters.trained))]
+        trained = Trainees(masters.trained, masters.decayed, kinds, ratios_of(options))
         self.optimizer = make_optimizer(options, trained, scales)
         self.learning_rate = LearningRate.of(options)
         first_scale = options.init_loss_scale if can_overflow else 1.0
@@ -124,6 +124,8 @@ class Trainer:
         those of the UNet alone. States go on to have all that they had.
         """
         self.text_stop.encode(self.inputs)
+        self.update = None
+        release_memory()
         masters, places = self.masters.part({UNET})
         self.update = Update(
             self.make_loss(False),
@@ -148,10 +150,7 @@ class Trainer:
             stop.say()
             with graphs_not_kept():  # those are numbered by their order, and here a run may begin or not
                 self.stop_text()
-                return self._one_update()
-        return self._one_update()
-
-    def _one_update(self) -> UpdateResult:
+                self.update.compile(next(self.inputs.batches(self.options.train_batch_size, 1)))
         size, count = self.options.train_batch_size, self.options.gradient_accumulation_steps
         scale, rate = self.loss_scale.value, self.learning_rate(self.global_step)
         scalars = self.update.optimizer.scalars(self.updates_applied + 1, rate)

@@ -1,5 +1,6 @@
 """One update of the weights: its graphs, and what the host does between them."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import mindspore as ms
@@ -28,7 +29,7 @@ class Update:
         self, loss: DreamBoothLoss, masters: Masters, optimizer: Optimizer, options: TrainOptions,
         can_overflow: bool, ranks: Ranks,
     ) -> None:  # fmt: skip
-        self.optimizer = optimizer
+        self.optimizer, self.is_compiled = optimizer, False
         accumulates = options.gradient_accumulation_steps > 1
         self.collects = can_overflow or accumulates
         max_grad_norm = options.max_grad_norm if options.clip_grad else None
@@ -41,7 +42,10 @@ class Update:
             self.clear = Clear(self.step) if accumulates else None
 
     def compile(self, batch: tuple) -> None:
-        """Compile the graphs into the compile cache, for batches like that one."""
+        """Compile the graphs, for batches like that one, always in this order: the compile cache numbers them
+        by it.
+        """
+        self.is_compiled = True
         zero = Tensor(0.0, ms.float32)
         scalars = [zero, *self.optimizer.scalars(1, 0.0)]
         self.step.compile(*batch, zero, *scalars)
@@ -63,7 +67,11 @@ class Update:
         Returns:
             Mean (loss, instance loss, class loss); the gradient norm; and whether the update was applied.
         """
-        scalars = [Tensor(factor, ms.float32), *scalars]
+        scalars, batches = [Tensor(factor, ms.float32), *scalars], iter(batches)
+        if not self.is_compiled and ms.get_context("mode") == ms.GRAPH_MODE:
+            first = next(batches)
+            self.compile(first)
+            batches = itertools.chain([first], batches)
         results = [self.step(*batch, Tensor(scale, ms.float32), *scalars).asnumpy() for batch in batches]
         *losses, norm = np.mean(results, axis=0, dtype=np.float64)
         if not self.collects:

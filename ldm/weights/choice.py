@@ -70,6 +70,11 @@ def choose_config(source: Source, given: str = "auto", version: str | None = Non
     if given != "auto":
         config = read_model_config(given)
         _require_fit(source, config, given, stated)
+        if stated:  # which no configuration beside the program says
+            schedule = dataclasses.replace(
+                config.noise_schedule, zero_terminal_snr=stated.noise_schedule.zero_terminal_snr
+            )
+            config = dataclasses.replace(config, noise_schedule=schedule)
     elif stated:
         config, given = stated, "its own configurations" if source.configs else "its run"
         _require_shapes(source, config, given)
@@ -203,7 +208,6 @@ def _facts(config: ModelConfig) -> dict:
         "beta_start": noise.beta_start,
         "beta_end": noise.beta_end,
         "timesteps": noise.timesteps,
-        "end in pure noise": noise.zero_terminal_snr,
         "latent scale_factor": config.autoencoder.scale_factor,
         "heads in the UNet": [unet.heads(unet.model_channels * mult) for mult in unet.channel_mult],
         "heads in the text encoder": text.heads,

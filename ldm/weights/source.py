@@ -33,6 +33,7 @@ class Source:
         global_step: how long the model was trained, where the file says so.
         files: that the weights are read from.
         config: of the model, once it is known; `known_by` says how.
+        is_mended: whether the noise schedule ends in pure noise only now, see `ending_in_noise`.
         is_stated: whether it was said by what lies beside the weights, what the UNet predicts above all.
     """
 
@@ -44,6 +45,7 @@ class Source:
     config: ModelConfig | None = None
     known_by: str = ""
     is_stated: bool = False
+    is_mended: bool = False
 
     def on_this_device(self, precision: str = "auto", is_forced: bool = False) -> "Source":
         """With the precision settled that its model computes in, see ldm.device.settle_precision."""
@@ -54,7 +56,16 @@ class Source:
         """With a noise schedule of zero terminal SNR. Raises ConfigError where the model cannot have one."""
         schedule = replace(self.config.noise_schedule, zero_terminal_snr=True)
         config = check_model_config(replace(self.config, noise_schedule=schedule), str(self.path))
-        return replace(self, config=config)
+        return replace(self, config=config, is_mended=not self.config.noise_schedule.zero_terminal_snr)
+
+    @property
+    def own_config(self) -> ModelConfig:
+        """The configuration with the noise schedule that the weights were trained with."""
+        if not self.is_mended:
+            return self.config
+        return replace(
+            self.config, noise_schedule=replace(self.config.noise_schedule, zero_terminal_snr=False)
+        )
 
 
 def is_diffusers_folder(path: Path) -> bool:

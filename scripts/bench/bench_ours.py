@@ -78,7 +78,7 @@ def training(job, model, config, graphs):
         max_grad_norm=1.0, use_lora=job["lora_rank"] > 0, lora_rank=job["lora_rank"] or None,
     )  # fmt: skip
     options, lora = plan_lora(options, config, model)
-    values = count_values(model, options.train_text_encoder, lora)
+    values = count_values(model, options, lora)
     options = replace(options, recompute=settle_recompute(
         None, values.bytes_needed, config.unet.dropout, options.use_lora
     ))  # fmt: skip

@@ -75,7 +75,7 @@ def step(flags: list[str], size: int) -> None:
         communication.init()
     model = build_model(config, fuses_attention=options.flash_attention != "off")
     options, lora = plan_lora(options, config, model)
-    model.take_out_frozen(options.train_text_encoder)
+    model.take_out_frozen(options.trains_text)
     with no_init_parameters():
         trainer = build_trainer(model, Zeros(options, config), options, config, Ranks(0, size), lora)
     for _ in range(UPDATES):
@@ -93,8 +93,6 @@ def step(flags: list[str], size: int) -> None:
 class Zeros:
     """Batches of the shapes that a training has."""
 
-    weighs = False
-
     def __init__(self, options, config) -> None:
         import numpy as np
         from mindspore import Tensor
@@ -104,9 +102,13 @@ class Zeros:
         latents = Tensor(np.zeros((count, config.unet.in_channels, side, side), np.float32))
         length, width = config.text_encoder.context_length, config.unet.context_dim
         text = np.zeros((count, length), np.int32)
-        if not options.train_text_encoder:
+        if not options.trains_text:
             text = np.zeros((count, length, width), np.float32)
         self.batch = latents, Tensor(text), Tensor(np.zeros(count, np.int32)), latents
+        self.weighs = options.min_snr_gamma is not None or options.masked_loss
+        if self.weighs:
+            places = (side, side) if options.masked_loss else (1, 1)
+            self.batch += (Tensor(np.zeros((count, 1, *places), np.float32)),)
 
     def batches(self, size, count, *_):
         return iter([self.batch] * count)

@@ -95,7 +95,7 @@ def full_size(**changes) -> tuple[TrainOptions, tuple[int, int, int]]:
         TrainOptions(**changes),
         build_model(read_model_config(ROOT / "configs/train_dreambooth_sd_v2.yaml")),
     )
-    return options, sizes_of(options, *count_values(model, options.train_text_encoder)[:2])
+    return options, sizes_of(options, *count_values(model, options)[:2])
 
 
 def test_the_documented_runs_fit_on_the_disk():

@@ -9,6 +9,7 @@ import pytest
 from conftest import SHALLOW
 from trainings import OPTIONS, make_samples
 
+from ldm.options import TrainOptions
 from ldm.run.recipe import RECORD, Start, find_start, origin_of, read_record, write_record
 from ldm.run.states import States
 from ldm.training.progress import Progress
@@ -181,9 +182,15 @@ def test_changes_are_listed(tmp_path, caplog, run):
         min_snr_gamma=5.0, noise_offset=0.1, captions="table", train_token="sks", lr_schedule="linear"
     )
     for name, value in recipes.items():  # a state of an older version knows nothing of them
-        assert name not in start.origin
-        with pytest.raises(ValueError, match=f"{name} None -> {value}"):
-            start.require_same(origin(**{name: value}), allowed=False)
+        default = TrainOptions.facts_of_before()[name]
+        older = {key: fact for key, fact in start.origin.items() if key not in recipes}
+        for begun in (start, Start(start.state, older)):
+            begun.require_same(origin(), allowed=False)
+            with pytest.raises(ValueError, match=f"{name} {default} -> {value}"):
+                begun.require_same(origin(**{name: value}), allowed=False)
+        # and left out again
+        with pytest.raises(ValueError, match=f"{name} {value} -> {default}"):
+            Start(start.state, origin(**{name: value})).require_same(origin(), allowed=False)
     with pytest.raises(ValueError, match="instance pictures an update 2 -> 4"):
         start.require_same(origin(train_batch_size=4), allowed=False)
     base.write_bytes(b"others")

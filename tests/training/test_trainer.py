@@ -144,7 +144,7 @@ def test_without_class_pictures_the_loss_is_the_instance_term(tmp_path):
     assert any(
         not np.array_equal(averages[name].asnumpy(), p.asnumpy()) for name, p in trainer.weights().items()
     )
-    trained, all_values = count_values(model, options.train_text_encoder)[1::-1]
+    trained, all_values = count_values(model, options)[1::-1]
     assert trained == trainer.trained_values == sum(p.size for p in trainer.masters.trained) < all_values
     # weights, two moments, averages, of 4 bytes each
     assert sum(p.nbytes for p in trainer.state()[0].values()) == 4 * 4 * trained
