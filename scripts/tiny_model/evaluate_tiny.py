@@ -49,7 +49,7 @@ from ldm.device import start_device
 from ldm.files import write_text
 
 SUBJECTS, SEEDS = ("penguin", "car", "house"), (1, 2, 3)
-SHAPES, TOGETHER = ("racer", "hut"), (("penguin", "car"),)
+SHAPES, TOGETHER = ("racer", "hut", "school"), (("penguin", "car"),)
 RUN_FIGURES = ("subject_fidelity", "prompt_fidelity", "prior_leak", "prior_diversity", "other_classes")
 ABLATIONS = {  # name -> options of the training that differ
     "without the prior loss": {"with_prior_preservation": False},
