@@ -69,16 +69,18 @@ def _factored_one(put, fades, rate, decay, parameter, row, column, gradient, dec
         matrix = gradient.reshape(gradient.shape[0], -1)
     square = ops.square(matrix) + LEAST_SQUARE
     if gradient.ndim > 1:
-        rows = row * fades + square.mean(1) * (1 - fades)
-        columns = column * fades + square.mean(0) * (1 - fades)
-        spread = ops.rsqrt(rows / rows.mean()).reshape(-1, 1) * ops.rsqrt(columns).reshape(1, -1)
+        height, width = matrix.shape
+        rows = row * fades + square.sum(1) * ((1 - fades) / width)
+        columns = column * fades + square.sum(0) * ((1 - fades) / height)
+        spread = ops.rsqrt(rows * (height / rows.sum())).reshape(-1, 1) * ops.rsqrt(columns).reshape(1, -1)
         kept = put(row, rows), put(column, columns)
     else:
         rows = row * fades + square * (1 - fades)
         spread = ops.rsqrt(rows)
         kept = (put(row, rows),)
     update = spread * matrix
-    update = update / ops.maximum(ops.sqrt(ops.square(update).mean()), Tensor(1.0, ms.float32))
+    size = ops.sqrt(ops.square(update).sum() / update.size)  # CANN's ReduceMean is one of its old kernels
+    update = update / ops.maximum(size, Tensor(1.0, ms.float32))
     left = parameter
     if decayed:
         left = parameter * (1 - decay)

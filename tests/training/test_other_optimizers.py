@@ -46,9 +46,8 @@ def run(kind, ratio=1.0, steps=STEPS, weights_decay=DECAY):
         for name, parameter in theirs.items()
     ]  # fmt: skip
     reference = OTHERS[kind](groups, lr=rate, **SETTINGS[kind])
-    trained = Trainees(
-        ours, [has_weight_decay(n) for n in SHAPES], [ratio if n in slow else 1.0 for n in SHAPES]
-    )
+    decayed = [has_weight_decay(name) for name in SHAPES]
+    trained = Trainees(ours, decayed, [int(name in slow) for name in SHAPES], (1.0, ratio))
     optimizer = make_optimizer(TrainOptions(optim=kind, weight_decay=weights_decay), trained, scales=True)
     along = {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}  # a way that leads somewhere
     for step in range(1, steps + 1):
