@@ -146,11 +146,14 @@ class Trainer:
     def one_update(self) -> UpdateResult:
         """Train on the next samples."""
         stop = self.text_stop
-        if stop and not stop.is_done and stop.is_reached_by(self.global_step):
-            stop.say()
-            with graphs_not_kept():  # those are numbered by their order, and here a run may begin or not
-                self.stop_text()
-                self.update.compile(next(self.inputs.batches(self.options.train_batch_size, 1)))
+        if not stop or stop.is_done or not stop.is_reached_by(self.global_step):
+            return self._one_update()
+        stop.say()
+        with graphs_not_kept():  # those are numbered by their order, and here a run may begin or not
+            self.stop_text()
+            return self._one_update()
+
+    def _one_update(self) -> UpdateResult:
         size, count = self.options.train_batch_size, self.options.gradient_accumulation_steps
         scale, rate = self.loss_scale.value, self.learning_rate(self.global_step)
         scalars = self.update.optimizer.scalars(self.updates_applied + 1, rate)
