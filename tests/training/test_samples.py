@@ -1,3 +1,4 @@
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -209,3 +210,16 @@ def test_what_is_drawn_follows_the_settings(folders):
         assert noise.dtype == np.float32 and np.abs(offset - offset[:, :1, :1]).max() < 1e-6
         offsets.append(offset[:, 0, 0])
     assert abs(np.std(offsets) - 0.5) < 0.05 and abs(np.mean(offsets)) < 0.06
+
+
+def test_samples_of_one_subject_are_those_of_before_there_could_be_several(folders):
+    """The digest is of samples before concepts, captions, recipes: order, crops, flips, t and noise."""
+    samples, digest = make(folders, seed=7, random_crop=True, random_flip=True), hashlib.sha256()
+    for sample in samples.pick(5, 40):
+        t, noise, posterior_noise = samples.noise(sample, (4, 8, 8))
+        facts = (
+            sample.path.name, sample.number, sample.crop_purpose, sample.crop_number, sample.noise_purpose,
+            sample.turn, samples.crop(sample)[1:], t,
+        )  # fmt: skip
+        digest.update(repr(facts).encode() + noise.tobytes() + posterior_noise.tobytes())
+    assert digest.hexdigest() == "35be2c3ebc8f5b6c68e6caf7a88840c77ed21e6fa78ec53d29d874571d620367"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import SHALLOW, V1, in_half, random_model, torch_networks, weights_as_arrays
 from torch_training import torch_training
-from trainings import OPTIONS, make_samples, make_trainer, progress_of
+from trainings import OPTIONS, make_samples, make_trainer, progress_of, weights_of_trainer
 
 from ldm.training import trained as trained_module
 from ldm.training import trainer as trainer_module
@@ -94,6 +94,21 @@ def test_twenty_steps_equal_pytorch(tmp_path, config, changes):
     )
     assert loss_error <= 1e-4
     assert weight_error <= 1e-3
+
+
+def test_recipes_of_no_effect_change_no_bit(tmp_path):
+    """The rates of all kinds the same, weights of the loss that are 1, a warm-up and decay of none."""
+    neutral = dataclasses.replace(
+        OPTIONS, text_encoder_learning_rate=OPTIONS.start_learning_rate, min_snr_gamma=1e30,
+        lr_schedule="constant", max_timestep=1000,
+    )  # fmt: skip
+    weights, losses = [], []
+    for options in (OPTIONS, neutral):
+        trainer = make_trainer(random_model(SHALLOW), SHALLOW, options, make_samples(tmp_path, options))
+        losses.append([trainer.one_update()[0] for _ in range(3)])
+        weights.append(weights_of_trainer(trainer))
+    assert np.array_equal(*losses) and weights[0].keys() == weights[1].keys()
+    assert all(np.array_equal(values, weights[1][name]) for name, values in weights[0].items())
 
 
 def test_twenty_steps_of_an_accelerator_equal_pytorch(tmp_path, accelerator):
