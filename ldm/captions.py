@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ldm.text_files import read_text
@@ -54,11 +54,22 @@ def prompts_of(
     return [caption.replace(PROMPT, prompt) if caption else prompt for caption in captions]
 
 
+def _first_file(paths: Iterable[Path]) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _text_file(path: Path) -> Path | None:
+    """The file beside an image that may hold its caption."""
+    return _first_file(path.with_suffix(suffix) for suffix in SUFFIXES)
+
+
+def _table_file(folder: Path) -> Path | None:
+    return _first_file(folder / name for name in TABLES)
+
+
 def _beside(path: Path) -> str:
-    for suffix in SUFFIXES:
-        if (file := path.with_suffix(suffix)).is_file():
-            return " ".join(read_text(file).split())
-    return ""
+    file = _text_file(path)
+    return " ".join(read_text(file).split()) if file else ""
 
 
 def _named(path: Path) -> str:
@@ -68,16 +79,15 @@ def _named(path: Path) -> str:
 
 
 def _say_what_is_there(folder: Path, paths: Sequence[Path]) -> None:
-    count = sum(any(path.with_suffix(suffix).is_file() for suffix in SUFFIXES) for path in paths)
-    table = next((name for name in TABLES if (folder / name).is_file()), None)
+    count, table = sum(_text_file(path) is not None for path in paths), _table_file(folder)
     if count or table:
-        what, kind = (f"{count} caption files", "text_files") if count else (table, "table")
+        what, kind = (f"{count} caption files", "text_files") if count else (table.name, "table")
         logger.info("%s: %s not used (--captions=%s takes them as prompts)", folder, what, kind)
 
 
 def _table(folder: Path) -> dict[str, str] | None:
     """File name to caption; None where there is no table."""
-    path = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    path = _table_file(folder)
     if path is None:
         return None
     text = read_text(path)

@@ -157,11 +157,10 @@ class Optimizer(nn.Cell):
         return {name: getattr(self, name.strip(".")) for name in self.NAMES}
 
     def part(self, places: Sequence[int], **more) -> "Optimizer":
-        """The same for some of the parameters, with what is kept of them."""
+        """The same for some of the parameters, with what is kept of them; `more` is for the subclass."""
         state = {name: [values[place] for place in places] for name, values in self.arrays.items()}
-        own = {"decoupled": self.decoupled} if isinstance(self, AdamW) else {}
         return type(self)(
-            self.trained.part(places), self.betas, self.weight_decay, self.scales, state=state, **own, **more
+            self.trained.part(places), self.betas, self.weight_decay, self.scales, state=state, **more
         )
 
     def counters(self) -> dict:
@@ -201,6 +200,9 @@ class AdamW(Optimizer):
         self.decoupled = decoupled
         self.l2 = 0.0 if decoupled else self.weight_decay
         self.kernel, self.shrink = ops.Adam(), ops.ApplyGradientDescent()
+
+    def part(self, places: Sequence[int]) -> "AdamW":
+        return super().part(places, decoupled=self.decoupled)
 
     def scalars(self, step: int, learning_rate: float) -> list:
         """The kernel's rate, epsilon and decay for update `step` (from 1), of each kind of parameter."""

@@ -78,7 +78,6 @@ class Word:
         table: (V, width), the model's.
     """
 
-    text: str
     token: int
     table: Parameter
 
@@ -87,8 +86,7 @@ class Word:
         """The word that a training's options name."""
         if options.train_token is None:
             return None
-        token = token_of(options.train_token)
-        return cls(options.train_token, token, text_encoder.transformer.embedding_table)
+        return cls(token_of(options.train_token), text_encoder.transformer.embedding_table)
 
     def into_table(self, named: Mapping[str, Parameter | np.ndarray]) -> dict[str, Parameter | np.ndarray]:
         """Weights by name with the row in its place in the table, as every other program has it."""
