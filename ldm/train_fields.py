@@ -185,7 +185,7 @@ class TrainFields:
     lr_schedule: str | None = value_option(
         None, "recipes",
         "how the rate falls to the end: calmer last updates, so that more of them harm less; with warm-up "
-        "from 0, as in diffusers; without it constant, or cosine over decay_steps",
+        f"from 0, as in diffusers {{{','.join(LR_SCHEDULES)}}} [constant, or a cosine over decay_steps]",
         choices=LR_SCHEDULES, aliases=("--lr_scheduler",),
     )  # fmt: skip
     lr_cycles: int = value_option(

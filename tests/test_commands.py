@@ -141,7 +141,7 @@ def test_drawing(place, trained):
 class Drawer:
     """Draws nothing: pictures that tell what they were asked for."""
 
-    def __init__(self, model, config) -> None:
+    def __init__(self, *_) -> None:
         pass
 
     def __call__(self, prompts, negative_prompts, seeds, settings, on_step) -> np.ndarray:

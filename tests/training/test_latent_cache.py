@@ -105,7 +105,7 @@ def test_a_second_run_encodes_nothing_and_another_crop_or_vae_or_pixel_is_a_miss
     assert encoded(samples)[1:] == (0, 5, 2)
     assert encoded(samples)[1:] == (5, 0, 0)
     assert encoded(samples, digest=b"another")[1:] == (0, 5, 2)
-    picture = samples.instance_paths[0]
+    picture = samples.subjects[0].pictures[0].path
     write_pictures(tmp_path / "other", 1, seed=5)[0].replace(picture)
     assert encoded(samples_again(samples))[1:] == (4, 1, 1)
     assert encoded(samples_again(samples, random_crop=True))[2] > 0

@@ -112,7 +112,7 @@ OF_FOLDERS = {
     "other schedule": ("scheduler/scheduler_config.json",
          {"beta_schedule": "linear"}, 'beta_schedule "linear"'),
     "zero SNR": ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True},
-         "rescale_betas_zero_snr true"),
+         "zero_terminal_snr needs a model that predicts v"),
     "sample": ("scheduler/scheduler_config.json", {"prediction_type": "sample"},
          "prediction_type must be epsilon"),
     "FLUX's VAE": ("vae/config.json", {"shift_factor": 0.1}, "vae has shift_factor 0.1"),
