@@ -23,6 +23,9 @@ STEPS = (
     "--gradient_accumulation_steps=2", "--clip_grad=True", "--max_grad_norm=0.5", "--num_class_images=7",
     "--train_data_repeats=8",
     "--epochs=2", "--random_crop=True", "--start_learning_rate=1e-4", "--save_every=4",
+    # recipes that act in each process; the text encoder is frozen after update 6
+    "--min_snr_gamma=5", "--noise_offset=0.05", "--text_encoder_learning_rate=5e-5",
+    "--text_encoder_stop=0.6", "--lr_schedule=cosine", "--caption_dropout=0.3",
 )  # fmt: skip  # 40 samples an epoch, 8 an update: 10 updates
 
 

@@ -7,6 +7,9 @@ from mindspore import Tensor, nn, ops
 from ldm.networks.text_encoder import TextEncoder
 from ldm.networks.unet import UNetModel
 from ldm.schedule import NoiseSchedule, add_noise, velocity
+from ldm.training.sums import sum_of_all
+
+SMALL = 65536  # values whose mean has the same bits in every update, see ldm/training/sums.py
 
 
 class DreamBoothLoss(nn.Cell):
@@ -45,9 +48,13 @@ class DreamBoothLoss(nn.Cell):
         self.is_weighed = is_weighed
         self.has_prior = prior_loss_weight is not None
         self.prior_loss_weight = prior_loss_weight
+        self.total = sum_of_all()
         self.is_v = schedule.prediction_type == "v_prediction"
         self.sqrt_alpha = Tensor(schedule.sqrt_alpha.astype(np.float32))
         self.sqrt_one_minus_alpha = Tensor(schedule.sqrt_one_minus_alpha.astype(np.float32))
+
+    def mean(self, error):
+        return error.mean() if error.size <= SMALL else self.total(error) / error.size
 
     def construct(self, latents, text, t, noise, *weight):
         signal = ops.gather(self.sqrt_alpha, t, 0).reshape(-1, 1, 1, 1)
@@ -59,8 +66,8 @@ class DreamBoothLoss(nn.Cell):
         if self.is_weighed:
             error = error * weight[0]
         if not self.has_prior:
-            loss = error.mean()
+            loss = self.mean(error)
             return loss, loss, ops.zeros_like(loss)
         half = latents.shape[0] // 2
-        instance_loss, class_loss = error[:half].mean(), error[half:].mean()
+        instance_loss, class_loss = self.mean(error[:half]), self.mean(error[half:])
         return instance_loss + self.prior_loss_weight * class_loss, instance_loss, class_loss

@@ -11,6 +11,7 @@ from ldm.device import has_newer_kernels
 from ldm.options import TrainOptions
 from ldm.training.masters import in_place
 from ldm.training.optim import AdamW, FusedAdamW, Optimizer, Trainees, zeros_beside
+from ldm.training.sums import sum_of_all
 
 LEAST_SQUARE = 1e-30  # Adafactor's epsilon 1
 FIRST_DISTANCE, EPSILON = 1e-6, 1e-8  # Prodigy's d_0 and epsilon
@@ -61,8 +62,10 @@ class Lion(Optimizer):
         return done
 
 
-@_factored.register("Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Bool")
-def _factored_one(put, fades, rate, decay, parameter, row, column, gradient, decayed):  # noqa: PLR0913
+@_factored.register(
+    "Function", "Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Bool"
+)
+def _factored_one(put, add_up, fades, rate, decay, parameter, row, column, gradient, decayed):  # noqa: PLR0913
     gradient = gradient.astype(ms.float32)
     matrix = gradient
     if gradient.ndim > 2:
@@ -79,7 +82,7 @@ def _factored_one(put, fades, rate, decay, parameter, row, column, gradient, dec
         spread = ops.rsqrt(rows)
         kept = (put(row, rows),)
     update = spread * matrix
-    size = ops.sqrt(ops.square(update).sum() / update.size)  # CANN's ReduceMean is one of its old kernels
+    size = ops.sqrt(add_up(ops.square(update)) / update.size)  # CANN's ReduceMean is one of its old kernels
     update = update / ops.maximum(size, Tensor(1.0, ms.float32))
     left = parameter
     if decayed:
@@ -101,7 +104,7 @@ class Adafactor(Optimizer):
 
     def __init__(self, *arguments, **more) -> None:
         super().__init__(*arguments, **more)
-        self.put = in_place()
+        self.put, self.add_up = in_place(), sum_of_all()
 
     def new_arrays(self) -> dict:
         """Of a matrix a value a row and one a column; of a vector a value each, and one that is not used."""
@@ -132,7 +135,7 @@ class Adafactor(Optimizer):
             rate, decay = scalars[2 * kind + 1], scalars[2 * kind + 2]
             if a > 0:
                 rate = ops.depend(rate, updated)  # see AdamW
-            update = ops.partial(_factored, self.put, scalars[0], rate, decay)
+            update = ops.partial(_factored, self.put, self.add_up, scalars[0], rate, decay)
             group = self.scaled(gradients[a:b], factor)
             updated = self.map(
                 update, self.parameters[a:b], self.adafactor_row[a:b], self.adafactor_column[a:b], group,
@@ -143,6 +146,7 @@ class Adafactor(Optimizer):
 
 
 @_prodigy_sums.register(
+    "Function",
     "Function",
     "Number",
     "Number",
@@ -156,17 +160,17 @@ class Adafactor(Optimizer):
     "Tensor",
 )
 def _prodigy_sums_one(  # noqa: PLR0913
-    put, beta1, beta2, distance, rate, parameter, moment1, moment2, total, start, gradient
+    put, add_up, beta1, beta2, distance, rate, parameter, moment1, moment2, total, start, gradient
 ):
     """Moments of gradients times the distance; and what that is estimated from: <g, x_0 - x>, |s|_1."""
     gradient = gradient.astype(ms.float32)
-    along = (gradient * (start - parameter)).sum()
+    along = add_up(gradient * (start - parameter))
     scaled = gradient * distance
     m = beta1 * moment1 + (1 - beta1) * scaled
     v = beta2 * moment2 + (1 - beta2) * ops.square(scaled)
     s = math.sqrt(beta2) * total + (distance / FIRST_DISTANCE * rate) * gradient
     kept = put(moment1, m), put(moment2, v), put(total, s)
-    return ops.depend(ops.stack((along, ops.abs(s).sum())), kept)
+    return ops.depend(ops.stack((along, add_up(ops.abs(s)))), kept)
 
 
 @_prodigy_step.register("Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Bool")
@@ -194,7 +198,7 @@ class Prodigy(Optimizer):
         super().__init__(*arguments, **more)
         first = Tensor(np.array([FIRST_DISTANCE, 0], np.float32))
         self.distance = Parameter(first, name="prodigy_distance") if distance is None else distance
-        self.put = in_place()
+        self.put, self.add_up = in_place(), sum_of_all()
 
     def part(self, places: Sequence[int]) -> "Prodigy":
         return super().part(places, distance=self.distance)
@@ -221,7 +225,7 @@ class Prodigy(Optimizer):
         beta1, beta2 = self.betas
         distance, numerator = self.distance[0], self.distance[1]
         step = distance * rate
-        sums = ops.partial(_prodigy_sums, self.put, beta1, beta2, distance, step)
+        sums = ops.partial(_prodigy_sums, self.put, self.add_up, beta1, beta2, distance, step)
         found = self.map(
             sums, self.parameters, self.prodigy_m, self.prodigy_v, self.prodigy_s, self.prodigy_start,
             self.scaled(gradients, factor),
