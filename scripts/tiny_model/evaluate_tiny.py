@@ -59,7 +59,8 @@ ABLATIONS = {  # name -> options of the training that differ
     "half the steps": {"train_data_repeats": 20},
     "twice the steps": {"train_data_repeats": 80},
 }
-RECIPES = {  # the same for --recipes
+_RECIPES = {
+    "no captions": {},
     "min-SNR, gamma 5": {"min_snr_gamma": 5},
     "offset noise 0.05": {"noise_offset": 0.05},
     "half the rate for the text encoder": {"text_encoder_learning_rate": 5e-5},
@@ -73,7 +74,10 @@ RECIPES = {  # the same for --recipes
     "lion, a third of the rate": {"optim": "lion", "start_learning_rate": 3e-5},
     "prodigy": {"optim": "prodigy", "start_learning_rate": 1},
     "empty prompt in a tenth": {"caption_dropout": 0.1},
+    "time steps from 300 on": {"min_timestep": 300},
 }  # fmt: skip
+# the same for --recipes: captions, as configured, and what helps as well or not without them
+RECIPES = {"captions": {}} | {name: {"captions": "none"} | changes for name, changes in _RECIPES.items()}
 LORA_SETTINGS = {  # the same for --lora; the first is what the configuration says
     "LoRA": {},
     "LoRA of rank 4": {"lora_rank": 4},

@@ -1,4 +1,5 @@
-"""Draws the five example pictures of a subject that the tiny model's training never saw: examples/penguin/.
+"""Draws the five example pictures of a subject that the tiny model's training never saw, and writes what they
+show beside them: examples/penguin/.
 
 python scripts/tiny_model/make_examples.py --work DIR
 """
@@ -11,6 +12,7 @@ import pictures
 import sprites
 from PIL import Image
 
+WALL = "orange"
 PLACES = ("grass", "wood", "street", "water", "plain")
 
 
@@ -27,8 +29,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(options.seed)
     for number, place in enumerate(PLACES, 1):
-        picture = pictures.compose(rng, held_out[options.subject], place, "orange")
+        picture = pictures.compose(rng, held_out[options.subject], place, WALL)
         Image.fromarray(picture).save(folder / f"{number}.png")
+        caption = f"[prompt] {pictures.PLACES[place][0].replace('a {}', 'an {}').format(WALL)}\n"
+        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
 
 
 if __name__ == "__main__":
