@@ -11,9 +11,9 @@ from drawer import CONFIG  # noqa: E402
 from evaluation import Evaluation  # noqa: E402
 
 SHORT = ["--num_class_images=20", "--ckpt_save_interval=4"]
-# Without captions the short form gave 0.96, 0.92 and 0.96 with seeds 1, 2 and 3, and 1.00 for the prompt; the base
-# model gives 0. The seed is fixed, so that the margin of eight times that spread is for the roundings of other
-# processors.
+# Without captions the short form gave 0.96, 0.92 and 0.96 with seeds 1, 2 and 3, and 1.00 for the prompt; the
+# base model gives 0. The seed is fixed, so that the margin of eight times that spread is for the roundings of
+# other processors.
 SUBJECT_FLOOR, PROMPT_FLOOR = 0.75, 0.85
 
 
