@@ -13,7 +13,7 @@ from ldm.run.states import read_state
 from ldm.weights.embeddings import ROW, TABLE
 
 TWO = ("--concepts=two.json", "--captions=text_files", "--train_token=sks", "--token_learning_rate=1e-2",
-       "--train_data_repeats=2", "--text_encoder_stop=0.5", "--optim=adafactor")  # fmt: skip
+       "--train_data_repeats=2", "--text_encoder_stop=0.5")  # fmt: skip
 TOKEN = 48136  # sks
 
 

@@ -23,6 +23,7 @@ def status_of(number):
     except Interrupted as end:
         return end.code
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests themselves run under nohup
 signals = StopSignals()
 with signals.postponed():
     print(status_of(signal.SIGTERM), signals.received == signal.SIGTERM, status_of(signal.SIGINT))
