@@ -6,10 +6,12 @@ import torch
 from conftest import ROOT
 from convert_checkpoint import main
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from mindspore.common.initializer import initializer
 
 from ldm.networks.latent_diffusion import build_model
 from ldm.sampling.samplers import sample_ddim, timesteps_of
 from ldm.sampling.text_to_image import TextToImage
+from ldm.tokenizer import Tokenizer
 from ldm.weights.checkpoint import load_checkpoint
 from ldm.weights.choice import choose_config
 from ldm.weights.source import open_weights
@@ -34,22 +36,32 @@ def start():
     return np.random.default_rng(0).standard_normal((2, 4, 16, 16)).astype(np.float32)
 
 
-def pipeline_of(path):
-    source = choose_config(open_weights(path))
-    model = build_model(source.config)
-    load_checkpoint(model, source)
-    return TextToImage(model, source.config)
+@pytest.fixture(scope="module")
+def draw(start):
+    """Draws by this program with the weights of a file or folder, (2, 64, 64, 3) uint8; compiled once."""
+    config = choose_config(open_weights(TINY)).config
+    model = build_model(config)
+    pipeline = TextToImage(model, config)
+
+    def draw(path) -> np.ndarray:
+        source = choose_config(open_weights(path))
+        assert source.config == config
+        for parameter in model.get_parameters():
+            parameter.set_data(initializer("zeros", parameter.shape, parameter.dtype))
+        load_checkpoint(model, source)
+        context, empty = pipeline.encode_prompts(PROMPTS), pipeline.encode_prompts(["", ""])
+        steps = timesteps_of("ddim", pipeline.schedule, STEPS)
+        *_, latents = sample_ddim(
+            pipeline.denoiser(context, empty, GUIDANCE), start, pipeline.schedule, steps
+        )
+        return pipeline.decode(latents)
+
+    return draw
 
 
 @pytest.fixture(scope="module")
-def ours(start):
-    """Pictures by this program, (2, 64, 64, 3) uint8."""
-    pipeline = pipeline_of(TINY)
-    denoise = pipeline.denoiser(pipeline.encode_prompts(PROMPTS), pipeline.encode_prompts(["", ""]), GUIDANCE)
-    *_, latents = sample_ddim(
-        denoise, start, pipeline.schedule, timesteps_of("ddim", pipeline.schedule, STEPS)
-    )
-    return pipeline.decode(latents)
+def ours(draw):
+    return draw(TINY)
 
 
 def drawn_by(pipeline: StableDiffusionPipeline, start) -> np.ndarray:
@@ -88,7 +100,7 @@ HOWS = {
 
 
 @pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
-def test_what_diffusers_saves_draws_the_same(tmp_path, converted, start, ours, how):
+def test_what_diffusers_saves_draws_the_same(tmp_path, converted, draw, ours, how):
     """The whole pipeline with its own configurations and tokenizer; rounded to bfloat16 nearly the same."""
     pipeline = StableDiffusionPipeline.from_pretrained(converted / "folder", local_files_only=True)
     how = dict(how)
@@ -96,15 +108,7 @@ def test_what_diffusers_saves_draws_the_same(tmp_path, converted, start, ours, h
     if dtype:
         pipeline.to(dtype)
     pipeline.save_pretrained(tmp_path / "saved", **how)
-    again = pipeline_of(tmp_path / "saved")
-    context, empty = again.encode_prompts(PROMPTS), again.encode_prompts(["", ""])
-    *_, latents = sample_ddim(
-        again.denoiser(context, empty, GUIDANCE),
-        start,
-        again.schedule,
-        timesteps_of("ddim", again.schedule, STEPS),
-    )
-    value = psnr(again.decode(latents), ours)
+    value = psnr(draw(tmp_path / "saved"), ours)
     print(f"PSNR {value:.1f} dB")
     assert value > (30 if dtype else 60)
 
@@ -113,7 +117,7 @@ def test_the_tokenizer_of_a_folder_is_ours(converted):
     from transformers import CLIPTokenizer
 
     theirs = CLIPTokenizer.from_pretrained(converted / "folder/tokenizer", local_files_only=True)
-    tokenizer = pipeline_of(TINY).tokenizer
+    tokenizer = Tokenizer()
     prompts = [*PROMPTS, "", "Ein großer Hund, 3 Pferde & a photo of sks dog's house", "x" * 500]
     given = theirs(prompts, padding="max_length", max_length=77, truncation=True).input_ids
     assert np.array_equal(given, tokenizer(prompts))

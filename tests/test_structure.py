@@ -1,6 +1,7 @@
 """The walls of the house: which wing of ldm may use which, and what no module of a wing may touch."""
 
 import ast
+import dataclasses
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -93,6 +94,9 @@ def test_the_readme_names_what_is_there():
         flags |= set(re.findall(r'"(--\w+)"', (ROOT / f"scripts/{script}.py").read_text()))
     for flag in set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]+", text)) - {"--help"}:
         assert flag in flags, flag
+    for spec in dataclasses.fields(TrainOptions):
+        if spec.metadata["group"] in ("captions", "recipes"):  # all of them are in its table
+            assert f"`--{spec.name}" in text, spec.name
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for node in ast.walk(ast.parse(snippet)):
         if isinstance(node, ast.ImportFrom):
