@@ -14,7 +14,8 @@ from test_ranks import STEPS, train_with_two
 
 from ldm.weights.lora_merge import OWN_METADATA
 
-LORA = ("--use_lora", "--lora_rank=3", "--lora_fp16=False", "--use_ema=True", "--lora_alpha=6")
+LORA = ("--use_lora", "--lora_rank=3", "--lora_fp16=False", "--use_ema=True", "--lora_alpha=6",
+        "--text_encoder_stop=None")  # fmt: skip
 NAME = "dreambooth_lora_epoch_2.safetensors"
 
 

@@ -14,6 +14,7 @@ from ldm.sampling.text_to_image import TextToImage
 from ldm.tokenizer import Tokenizer
 from ldm.weights.checkpoint import load_checkpoint
 from ldm.weights.choice import choose_config
+from ldm.weights.lora_merge import read_loras
 from ldm.weights.source import open_weights
 
 TINY = ROOT / "models/tiny_sd_v2.safetensors"
@@ -37,18 +38,27 @@ def start():
 
 
 @pytest.fixture(scope="module")
-def draw(start):
-    """Draws by this program with the weights of a file or folder, (2, 64, 64, 3) uint8; compiled once."""
+def tiny():
+    """The pipeline of the shipped model, compiled once; the model; and its configuration."""
     config = choose_config(open_weights(TINY)).config
     model = build_model(config)
-    pipeline = TextToImage(model, config)
+    return TextToImage(model, config), model, config
 
-    def draw(path) -> np.ndarray:
+
+@pytest.fixture(scope="module")
+def draw(tiny, start):
+    """Pictures by this program with the weights of a file or folder, and LoRA files, FILE or FILE:WEIGHT:
+    (2, 64, 64, 3) uint8.
+    """
+    pipeline, model, config = tiny
+
+    def drawn(path, *loras) -> np.ndarray:
         source = choose_config(open_weights(path))
         assert source.config == config
         for parameter in model.get_parameters():
             parameter.set_data(initializer("zeros", parameter.shape, parameter.dtype))
-        load_checkpoint(model, source)
+        added = read_loras(list(map(str, loras)), model.parameter_shapes(), config)
+        load_checkpoint(model, source, added=added)
         context, empty = pipeline.encode_prompts(PROMPTS), pipeline.encode_prompts(["", ""])
         steps = timesteps_of("ddim", pipeline.schedule, STEPS)
         *_, latents = sample_ddim(
@@ -56,7 +66,7 @@ def draw(start):
         )
         return pipeline.decode(latents)
 
-    return draw
+    return drawn
 
 
 @pytest.fixture(scope="module")

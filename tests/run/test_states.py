@@ -102,7 +102,7 @@ def test_a_resumed_recipe_ends_with_the_same_bits(tmp_path, config, stop, recipe
 
 def test_the_loss_scale_and_its_counter_are_kept(tmp_path):
     options = dataclasses.replace(OPTIONS, init_loss_scale=2.0**40, loss_scale_factor=2.0**14, scale_window=2)
-    resumed_equals_uninterrupted(tmp_path, in_half(SHALLOW), options, 3, 6)
+    resumed_equals_uninterrupted(tmp_path, in_half(SHALLOW), options, 3, 6, in_its_own_trainer=False)
 
 
 def test_the_loss_scale_goes_over_between_float16_runs_only(tmp_path):
