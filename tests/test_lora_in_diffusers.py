@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import weights_as_arrays
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from loras import random_pairs, written
@@ -26,7 +25,7 @@ def theirs(converted):
 def test_diffusers_draws_with_our_file_what_we_draw(tmp_path, tiny, draw, theirs, start, naming):
     """UNet and text encoder, all kinds of layers, alpha other than the rank, weight 0.7."""
     _, model, config = tiny
-    units = units_of({name: values.shape for name, values in weights_as_arrays(model).items()}, config)
+    units = units_of(model.parameter_shapes(), config)
     pairs = random_pairs(units, rank=4, alpha=2.0, targets=LORA_TARGETS, strength=0.4)
     path = written(tmp_path / "ours.safetensors", units, pairs, naming, np.float16)
     theirs.load_lora_weights(path)

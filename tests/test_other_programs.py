@@ -11,7 +11,6 @@ from mindspore.common.initializer import initializer
 from ldm.networks.latent_diffusion import build_model
 from ldm.sampling.samplers import sample_ddim, timesteps_of
 from ldm.sampling.text_to_image import TextToImage
-from ldm.tokenizer import Tokenizer
 from ldm.weights.checkpoint import load_checkpoint
 from ldm.weights.choice import choose_config
 from ldm.weights.lora_merge import read_loras
@@ -123,11 +122,11 @@ def test_what_diffusers_saves_draws_the_same(tmp_path, converted, draw, ours, ho
     assert value > (30 if dtype else 60)
 
 
-def test_the_tokenizer_of_a_folder_is_ours(converted):
+def test_the_tokenizer_of_a_folder_is_ours(converted, tiny):
     from transformers import CLIPTokenizer
 
     theirs = CLIPTokenizer.from_pretrained(converted / "folder/tokenizer", local_files_only=True)
-    tokenizer = Tokenizer()
+    tokenizer = tiny[0].tokenizer
     prompts = [*PROMPTS, "", "Ein großer Hund, 3 Pferde & a photo of sks dog's house", "x" * 500]
     given = theirs(prompts, padding="max_length", max_length=77, truncation=True).input_ids
     assert np.array_equal(given, tokenizer(prompts))
