@@ -272,7 +272,8 @@ def _unknown(kind: str, names: Sequence[str], known: Sequence[str], others: dict
 
 def is_path(name: str) -> bool:
     """Whether an option's value is the path of a file or folder, by its name."""
-    return name.endswith(("_dir", "_path", "_file", "_config")) or name in ("config", "resume", "concepts")
+    others = ("config", "resume", "concepts", "init_image")
+    return name.endswith(("_dir", "_path", "_file", "_config")) or name in others
 
 
 def home_path(text: str) -> Path:

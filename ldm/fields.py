@@ -22,6 +22,7 @@ SAVE_FORMATS = ("mindspore", "safetensors", "stability", "diffusers")
 LORA_TARGETS = ("attention", "feed_forward", "projections", "convolutions")
 LORA_FORMATS = ("kohya", "diffusers")
 CAPTIONS = ("none", "text_files", "file_names", "table")
+IMAGE_FORMATS = ("png", "jpg", "webp")
 IMAGE_FITS = ("crop", "pad")
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 # what each keeps from update to update, in values for each that is trained; adafactor one a row and column

@@ -1,15 +1,19 @@
 """Images: crop, convert to and from pixels in [-1, 1], lay out, save. Knows no network."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from ldm.files import appears_whole
 
 PAGE_PIXELS, PAGE_HEIGHT = 2**26, 2**14  # of a page of a grid, at most: what programs can show
+FORMATS, QUALITY = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}, 95
+# of EXIF: where AUTOMATIC1111 writes and reads its text in a JPEG, and what it may take there
+DESCRIPTION, EXIF_PART, USER_COMMENT, UNICODE, LARGEST_EXIF = 0x010E, 0x8769, 0x9286, b"UNICODE\0", 65_000
 logger = logging.getLogger(__name__)
 
 
@@ -51,13 +55,54 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.moveaxis(((pixels.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8), -3, -1)
 
 
-def save_image(array: np.ndarray, path: str | Path) -> None:
-    """Write (H, W, 3) uint8 as PNG, whole or not at all.
+def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8: the image shrunk or enlarged until it covers that, what juts out cut off evenly."""
+    return np.asarray(ImageOps.fit(image, (width, height), Image.LANCZOS))
+
+
+def save_image(array: np.ndarray, path: str | Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write (H, W, 3) uint8 as PNG, JPEG or WebP, by the name, whole or not at all.
+
+    Args:
+        texts: that the file carries: in a PNG under their names, else the first in EXIF's user comment, the
+            second in its description, which is to be ASCII.
 
     Raises FileExistsError rather than overwrite a file.
     """
-    with appears_whole(Path(path), replace=False) as file:
-        Image.fromarray(array).save(file, format="PNG")
+    path, extra = Path(path), {}
+    if path.suffix == ".png":
+        extra["pnginfo"] = PngInfo()
+        for name, text in (texts or {}).items():
+            extra["pnginfo"].add_text(name, text)
+    else:
+        extra |= {"quality": QUALITY, "exif": _exif(*(texts or {}).values())}
+    with appears_whole(path, replace=False) as file:
+        Image.fromarray(array).save(file, format=FORMATS[path.suffix], **extra)
+
+
+def _exif(comment: str = "", description: str = "") -> bytes:
+    exif = Image.Exif()
+    if comment:
+        exif[DESCRIPTION] = description
+        exif[EXIF_PART] = {USER_COMMENT: UNICODE + comment.encode("utf-16-be")}
+    content = exif.tobytes() if comment else b""
+    return content if len(content) <= LARGEST_EXIF else b""
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """What `save_image` and other programs write into an image: the texts of a PNG, else `parameters` and
+    `dreambooth`.
+    """
+    with Image.open(path) as image:
+        if image.format == "PNG":
+            image.load()  # texts may stand behind the pixels
+            return dict(image.text)
+        exif = image.getexif()
+        comment = exif.get_ifd(EXIF_PART).get(USER_COMMENT, b"")
+        found = {"dreambooth": exif.get(DESCRIPTION, "")}
+        if isinstance(comment, bytes) and comment.startswith(UNICODE):
+            found["parameters"] = comment[len(UNICODE) :].decode("utf-16-be", "replace")
+        return {name: text for name, text in found.items() if text}
 
 
 def free_path(folder: Path, stem: str, suffix: str = ".png", start: int = 0) -> Path:
@@ -96,9 +141,11 @@ class GridPages:
         self._images: list[np.ndarray] = []
 
     def add(self, images: Sequence[np.ndarray]) -> None:
-        """(H, W, 3) uint8 each, of one size."""
+        """(H, W, 3) uint8 each. One of another size than the last begins a page."""
         for image in images:
             height, width, _ = image.shape
+            if self._images and self._images[0].shape != image.shape:
+                self.save()
             rows = max(1, min(PAGE_PIXELS // (self.columns * height * width), PAGE_HEIGHT // height))
             self._images.append(image)
             if len(self._images) == rows * self.columns:

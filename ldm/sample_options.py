@@ -11,6 +11,7 @@ from ldm.fields import (
     DEVICES,
     FLASH_ATTENTION_HELP,
     FORCE_PRECISION_HELP,
+    IMAGE_FORMATS,
     LOG_LEVELS,
     PRECISION_HELP,
     SAMPLER_NAMES,
@@ -38,15 +39,25 @@ class SampleOptions:
     OTHER_NAMES: ClassVar[dict[str, str]] = DRAWING
 
     prompt: str = option("A cute wolf in winter forest", "prompts", "what the images show")
-    negative_prompt: str = option("", "prompts", "what they should not show")
+    negative_prompt: str = option("", "prompts", "what they should not show", aliases=("--negative",))
     data_path: str | None = option(
         None,
         "prompts",
-        "file with one prompt per line, instead of --prompt [no]",
+        "file with one prompt per line, instead of --prompt; options may stand behind it, as in a dog "
+        "--seed 5 --steps 20 [no]",
         aliases=("--from-file", "--from_file"),
     )
     negative_data_path: str | None = option(
         None, "prompts", "file with one negative prompt per line: one, or as many as prompts [no]"
+    )
+    prompt_weights: str = option(
+        "on",
+        "prompts",
+        "on: (word:1.3) counts more and [word] less, BREAK begins a new part; off: brackets are text",
+        choices=("on", "off"),
+    )
+    support_long_prompts: bool = option(
+        True, "prompts", "read prompts of more than 75 tokens in several parts; False: cut them"
     )
 
     config: str = option(
@@ -88,13 +99,27 @@ class SampleOptions:
         metavar="FILE",
     )
 
-    sampler: str = option("plms", "sampling", "how to sample", choices=SAMPLER_NAMES)
+    init_image: str | None = option(
+        None, "sampling", "an image to begin with, instead of pure noise [no]", metavar="PATH"
+    )
+    strength: float = option(
+        0.75,
+        "sampling",
+        "of --init_image, how much is drawn anew: the share of the steps that are done",
+        above=0,
+        most=1,
+    )
+    sampler: str = option(
+        "plms", "sampling", "how to sample", aliases=("--sampler_name",), choices=SAMPLER_NAMES
+    )
     plms: bool = option(False, "sampling", "the same as --sampler plms")
     ddim: bool = option(False, "sampling", "the same as --sampler ddim")
     dpm_solver: bool = option(False, "sampling", "the same as --sampler dpm_solver")
     dpm_solver_pp: bool = option(False, "sampling", "the same as --sampler dpm_solver_pp")
     uni_pc: bool = option(False, "sampling", "the same as --sampler uni_pc")
-    sampling_steps: int = option(50, "sampling", "denoising steps", least=1, most=TIMESTEPS)
+    sampling_steps: int = option(
+        50, "sampling", "denoising steps", aliases=("--steps",), least=1, most=TIMESTEPS
+    )
     timestep_spacing: str = option(
         "auto",
         "sampling",
@@ -103,7 +128,11 @@ class SampleOptions:
         choices=("auto", "trailing", "leading"),
     )
     guidance_scale: float = option(
-        9.0, "sampling", "classifier-free guidance scale; 1: none", aliases=("--scale",), least=0
+        9.0,
+        "sampling",
+        "classifier-free guidance scale; 1: none",
+        aliases=("--scale", "--cfg_scale"),
+        least=0,
     )
     guidance_rescale: float = option(
         0.0,
@@ -115,13 +144,25 @@ class SampleOptions:
     ddim_eta: float = option(0.0, "sampling", "noise of DDIM: 0 none, 1 as much as DDPM", least=0)
     n_iter: int = option(2, "sampling", "rounds", least=1)
     n_samples: int = option(8, "sampling", "images per prompt and round", least=1)
-    H: int | None = option(None, "sampling", "height in pixels [the configuration's]", least=8)
-    W: int | None = option(None, "sampling", "width in pixels [the configuration's]", least=8)
+    batch_size: int | None = option(None, "sampling", "images at a time [n_samples]", least=1)
+    H: int | None = option(
+        None, "sampling", "height in pixels [the configuration's]", aliases=("--height",), least=8
+    )
+    W: int | None = option(
+        None, "sampling", "width in pixels [the configuration's]", aliases=("--width",), least=8
+    )
     seed: int = option(42, "sampling", "the same seed gives the same images, whatever the batch", least=0)
+    image_number: int = option(
+        0, "sampling", "of the first image: each has noise of its own, by the seed and its number", least=0
+    )
     fixed_code: bool = option(False, "sampling", "start every prompt and round from the same noise")
 
     output_path: str = option(
         "output", "output", "folder: images go to samples/ in it, a grid of them beside it"
+    )
+    output_format: str = option("png", "output", "of the images", choices=IMAGE_FORMATS)
+    no_metadata: bool = option(
+        False, "output", "leave out of the images what they were drawn with (scripts/read_recipe.py)"
     )
     n_rows: int = option(0, "output", "images per row of the grid; 0: n_samples", least=0)
     skip_grid: bool = option(False, "output", "no grid")
@@ -197,6 +238,15 @@ class SampleOptions:
             )
         if self.guidance_rescale and self.guidance_scale == 1:
             raise ConfigError("guidance_rescale acts with guidance only: guidance_scale 1 is none")
+        if self.init_image:
+            require_file(Path(self.init_image), "init_image", "it is an image to begin with")
+        elif self.strength != SampleOptions.strength:
+            raise ConfigError("strength acts with --init_image only: leave it out")
+        if self.init_image and self.sampling_steps * self.strength < 1:
+            required = (
+                f"{1 / self.sampling_steps:.2g} or more, for one of {self.sampling_steps} sampling_steps"
+            )
+            raise ConfigError(f"strength must be {required}, got {self.strength:g}")
         if self.skip_grid and self.skip_save:
             raise ConfigError("skip_grid and skip_save together leave nothing to write: leave one out")
         for name in ("data_path", "negative_data_path"):

@@ -70,7 +70,7 @@ class Tokenizer:
         self._names = names
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self._word_ids = lru_cache(maxsize=100_000)(self._merge)
-        self._warn_once = lru_cache(maxsize=100_000)(self._warn)
+        self.warn_of_cut = lru_cache(maxsize=100_000)(self._warn)  # of one prompt once
         self.start_id, self.end_id = self._ids[START], self._ids[END]
         self.padding_id = self.end_id if padding == "end" else 0
 
@@ -117,25 +117,29 @@ class Tokenizer:
             "utf-8", "replace"
         )
 
+    def with_marks(self, ids: Sequence[int]) -> np.ndarray:
+        """(context_length,) int32: as many ids as fit between the marks, and padding."""
+        row = np.full(self.context_length, self.padding_id, np.int32)
+        kept = [self.start_id, *ids[: self.context_length - 2], self.end_id]
+        row[: len(kept)] = kept
+        return row
+
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids (B, context_length) int32.
 
         A prompt that does not fit is cut; a warning quotes what was lost, once for each prompt.
         """
-        token_ids = np.full((len(prompts), self.context_length), self.padding_id, np.int32)
-        room = self.context_length - 2
-        for row, prompt in zip(token_ids, prompts):
+        room, rows = self.context_length - 2, []
+        for prompt in prompts:
             ids = self.encode(prompt)
             if len(ids) > room:
-                self._warn_once(tuple(ids))
-            kept = [self.start_id, *ids[:room], self.end_id]
-            row[: len(kept)] = kept
-        return token_ids
+                self.warn_of_cut(tuple(ids), room)
+            rows.append(self.with_marks(ids))
+        return np.stack(rows) if rows else np.zeros((0, self.context_length), np.int32)
 
-    def _warn(self, ids: tuple[int, ...]) -> None:
-        room = self.context_length - 2
-        lost = self.decode(ids[room:]).strip()
-        logger.warning("the prompt has %d tokens, %d fit: left out is %r", len(ids), room, lost)
+    def _warn(self, ids: tuple[int, ...], kept: int) -> None:
+        lost = self.decode(ids[kept:]).strip()
+        logger.warning("the prompt has %d tokens, %d fit: left out is %r", len(ids), kept, lost)
 
 
 def token_of(word: str, prompts: Sequence[str] | None = None) -> int:

@@ -1,4 +1,5 @@
-"""The versions of Stable Diffusion: the configuration of each, and the file that MindSpore published of it.
+"""The version of this program; those of Stable Diffusion: the configuration of each, and the file that
+MindSpore published of it.
 
 Must not import mindspore.
 """
@@ -17,6 +18,7 @@ class Version:
     file: str
 
 
+PROGRAM_VERSION = "0.1.0"
 V1, BASE = "configs/train_dreambooth_sd_v1.yaml", "configs/train_dreambooth_sd_v2.yaml"
 V = "configs/train_dreambooth_sd_v2_768_v.yaml"
 VERSIONS = {

@@ -1,6 +1,7 @@
 """The commands as a user runs them, on a small random model."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from commands import run, train
 from conftest import ROOT, SHALLOW, random_model, read_checkpoint, weights_as_arrays
 from PIL import Image
 
+from ldm.images import read_texts
 from ldm.networks.latent_diffusion import build_model
 from ldm.weights.checkpoint import load_checkpoint
 from ldm.weights.choice import choose_config
@@ -138,19 +140,54 @@ def test_drawing(place, trained):
     assert {path.name for path in (place / "drawn").iterdir()} == {"samples"}
 
 
+def test_an_image_says_how_it_is_drawn_again(place, trained):
+    """Images of a file with options behind prompts, two at a time; and one that began with one of them."""
+    (place / "lines.txt").write_text("a (sks:1.2) dog, 'on' the hill\na cat --seed 5 --negative=grey\n")
+    common = ["--ckpt_path=out/dreambooth_epoch_2.ckpt", "--steps=3", "--n_iter=1"]
+    drawing = ["--data_path=lines.txt", "--n_samples=3", "--batch_size=2", "--output_path=told", "--uni_pc"]
+    script, reader = ROOT / "text_to_image.py", ROOT / "scripts/read_recipe.py"
+    run(place, *common, *drawing, script=script)
+    begun = ["--init_image=told/samples/00004.png", "--n_samples=1", "--output_path=begun", "--strength=.7"]
+    run(place, *common, *begun, script=script)
+    for number, path in enumerate(
+        ["told/samples/00004.png", "told/samples/00002.png", "begun/samples/00000.png"]
+    ):
+        words = shlex.split(run(place, path, script=reader).stdout)
+        assert words[:2] == ["python", str(script)]
+        run(place, *words[2:], f"--output_path=again{number}", "--skip_grid", script=script)
+        again = place / f"again{number}/samples/00000.png"
+        assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(place / path)))
+        assert read_texts(again)["dreambooth"] == read_texts(place / path)["dreambooth"]
+    text = run(place, "told/samples/00004.png", "--text", script=reader).stdout.splitlines()
+    assert text[:2] == ["a cat", "Negative prompt: grey"]
+    assert text[2].startswith(
+        "Steps: 3, Sampler: UniPC, CFG scale: 9, Seed: 5, Image number: 1, Size: 32x32, "
+    )
+    run(place, *common, "--no_metadata", "--n_samples=1", "--output_path=silent", script=script)
+    assert read_texts(place / "silent/samples/00000.png") == {}
+    error = run(place, "silent/samples/00000.png", script=reader, status=2).stderr
+    assert "silent/samples/00000.png: holds nothing that text_to_image.py has written" in error
+    (place / "told/samples/00004.png").write_bytes((place / "told/samples/00003.png").read_bytes())
+    assert "not found: 00004.png (SHA-256" in run(place, "begun/samples/00000.png", script=reader).stderr
+
+
 class Drawer:
     """Draws nothing: pictures that tell what they were asked for."""
 
     def __init__(self, *_) -> None:
         pass
 
-    def __call__(self, prompts, negative_prompts, seeds, settings, on_step) -> np.ndarray:
+    def chunk_count(self, prompts) -> int:
+        return 1
+
+    def __call__(self, prompts, negative_prompts, seeds, settings, on_step, image) -> np.ndarray:
         pictures = np.zeros((len(prompts), settings.height, settings.width, 3), np.uint8)
         for picture, prompt, (seed, number) in zip(pictures, prompts, seeds):
             picture[:] = ord(prompt[0]), seed, number
         return pictures
 
 
+@pytest.mark.parametrize("size", [[], ["--batch_size=5"]], ids=["", "batches over prompts"])
 @pytest.mark.parametrize("extra, wanted", [
     # 3 prompts, 2 rounds, 2 pictures: files in blocks of a prompt, each picture drawn from the number that it
     # always had
@@ -159,19 +196,19 @@ class Drawer:
     # one start for all
     (["--fixed_code"], [(prompt, number % 2) for prompt in "abc" for number in range(4)]),
 ])  # fmt: skip
-def test_pictures_come_prompt_by_prompt(place, tmp_path, monkeypatch, extra, wanted):
+def test_pictures_come_prompt_by_prompt(place, tmp_path, monkeypatch, size, extra, wanted):
     import text_to_image
-    from ldm.sampling import text_to_image as pipeline
+    from ldm.sampling import drawer
     from ldm.weights import choice
 
-    monkeypatch.setattr(pipeline, "TextToImage", Drawer)
+    monkeypatch.setattr(drawer, "TextToImage", Drawer)
     monkeypatch.setattr(choice, "start_device", lambda *_: "CPU")  # it was started by an earlier test
     (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
     text_to_image.main([
         f"--config={place / 'model.yaml'}", f"--ckpt_path={place / 'models/base.ckpt'}",
         f"--data_path={tmp_path / 'prompts.txt'}",
         "--n_samples=2", "--n_iter=2", "--seed=7", f"--output_path={tmp_path / 'out'}",
-        "--compile_cache=False", *extra,
+        "--compile_cache=False", *extra, *size,
     ])  # fmt: skip
     # as a program does that judges pictures: no grid among them
     files = sorted((tmp_path / "out").rglob("*.png"))

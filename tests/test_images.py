@@ -65,3 +65,26 @@ def test_a_grid_of_many_is_cut_into_pages(tmp_path, monkeypatch):
     assert sizes == [(14, 7 * 5 + 2), (14, 7 * 5 + 2), (14, 5 + 2)]
     first = np.asarray(Image.open(tmp_path / "grid-00000.png"))
     assert first[3, 3, 0] == 0 and first[-4, -4, 0] == 4  # the fourteenth
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_an_image_carries_its_texts(tmp_path, suffix):
+    texts = {"parameters": "a dog 犬\nSteps: 3", "dreambooth": '{"a": "\\u72ac"}'}
+    array = np.linspace(0, 255, 40 * 30 * 3).reshape(40, 30, 3).astype(np.uint8)
+    images.save_image(array, tmp_path / f"a.{suffix}", texts)
+    images.save_image(array, tmp_path / f"b.{suffix}")
+    assert images.read_texts(tmp_path / f"a.{suffix}") == texts
+    assert images.read_texts(tmp_path / f"b.{suffix}") == {}
+    back = np.asarray(Image.open(tmp_path / f"a.{suffix}"))
+    assert np.abs(back.astype(int) - array).max() <= (0 if suffix == "png" else 6)
+    long = {"parameters": "x" * 70_000, "dreambooth": "{}"}  # more than a JPEG has room for
+    images.save_image(array, tmp_path / f"c.{suffix}", long)
+    assert images.read_texts(tmp_path / f"c.{suffix}") == (long if suffix == "png" else {})
+
+
+def test_a_grid_of_images_of_two_sizes_has_two_pages(tmp_path):
+    pages = images.GridPages(tmp_path, "grid-", 2)
+    for side in (4, 6, 6):
+        pages.add([np.zeros((side, side, 3), np.uint8)])
+    pages.save()
+    assert [Image.open(path).size for path in sorted(tmp_path.iterdir())] == [(8, 8), (18, 10)]

@@ -6,10 +6,10 @@ import dataclasses
 import pytest
 
 from ldm.config import read_mapping
+from ldm.drawings import read_prompts
 from ldm.sample_options import SampleOptions
 from ldm.text_files import NotText, read_lines, read_text
 from ldm.values import ConfigError
-from text_to_image import read_prompts
 
 TEXT = "a dog – žluťoučký 犬 🐕\na cat"
 
@@ -67,4 +67,4 @@ def test_prompts_and_negative_prompts_belong_together_by_line(tmp_path, prompts,
         with pytest.raises(ConfigError, match=pairs):
             read_prompts(options)
     else:
-        assert read_prompts(options) == pairs
+        assert [(line.prompt, line.negative_prompt) for line in read_prompts(options)] == pairs

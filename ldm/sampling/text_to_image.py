@@ -10,11 +10,13 @@ from mindspore import Tensor, nn, ops
 from ldm import images
 from ldm.config import ModelConfig
 from ldm.device import is_dry_run
-from ldm.networks.autoencoder import Decode
+from ldm.networks.autoencoder import Decode, Encode
 from ldm.networks.latent_diffusion import LatentDiffusion
+from ldm.networks.text_encoder import EncodeText
+from ldm.prompts import PromptSyntax, weigh
 from ldm.random_streams import IMAGE, stream
 from ldm.sampling.samplers import SAMPLERS, Denoiser, timesteps_of
-from ldm.schedule import NoiseSchedule
+from ldm.schedule import NoiseSchedule, add_noise
 from ldm.tokenizer import Tokenizer
 from ldm.weights.arrays import is_finite
 
@@ -57,6 +59,7 @@ class Sampling:
         height, width: in pixels.
         eta: of DDIM: 0 no noise, 1 as much as DDPM.
         spacing: of the time steps, see `timesteps_of`.
+        strength: of an image to begin with, how much of it is redrawn: the share of the steps that are done.
     """
 
     sampler: str
@@ -66,21 +69,50 @@ class Sampling:
     width: int
     eta: float = 0.0
     spacing: str = "auto"
+    strength: float = 1.0
+
+
+def steps_of(settings: Sampling) -> int:
+    """How many of the steps are done: not all, where an image is there to begin with."""
+    return int(settings.steps * settings.strength)
 
 
 class TextToImage:
     """Generates images with the three networks. Compiles a graph when it is first needed."""
 
-    def __init__(self, model: LatentDiffusion, config: ModelConfig, guidance_rescale: float = 0.0) -> None:
-        self.config = config
+    def __init__(
+        self, model: LatentDiffusion, config: ModelConfig, guidance_rescale: float = 0.0,
+        syntax: PromptSyntax = PromptSyntax(),  # noqa: B008 (frozen)
+    ) -> None:  # fmt: skip
+        self.config, self.syntax = config, syntax
         self.schedule = NoiseSchedule(config.noise_schedule)
         self.tokenizer = Tokenizer(config.text_encoder.context_length, config.text_encoder.padding)
-        self.unet, self.text_encoder = model.unet, model.cond_stage_model
+        self.unet, self.text_encoder = model.unet, EncodeText(model.cond_stage_model)
         self.guided, self.decoder = Guided(model.unet, guidance_rescale), Decode(model.first_stage_model)
+        self.encoder = Encode(model.first_stage_model)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> np.ndarray:
-        """Context (B, 77, width) float32."""
-        return self.text_encoder(Tensor(self.tokenizer(prompts))).asnumpy().astype(np.float32)
+    def chunk_count(self, prompts: Sequence[str]) -> int:
+        """Of the longest of them."""
+        return max(len(self.syntax.chunks(prompt, self.tokenizer)) for prompt in prompts)
+
+    def encode_prompts(self, prompts: Sequence[str], count: int = 1) -> np.ndarray:
+        """Context (B, 77 N, width) float32 of prompts of N chunks, `count` at the least: those that have
+        fewer get chunks of the empty prompt.
+        """
+        split = [self.syntax.chunks(prompt, self.tokenizer) for prompt in prompts]
+        (empty,) = PromptSyntax().chunks("", self.tokenizer)
+        found = []
+        for number in range(max(count, *map(len, split))):
+            row = [chunks[number] if number < len(chunks) else empty for chunks in split]
+            features = self.text_encoder(Tensor(np.stack([its.token_ids for its in row]))).asnumpy()
+            found.append([weigh(its, chunk.weights) for its, chunk in zip(features.astype(np.float32), row)])
+        return np.concatenate(found, axis=1)
+
+    def encode_image(self, image: np.ndarray) -> np.ndarray:
+        """Scaled latents (1, 4, h, w) of (H, W, 3) uint8: the mean of the VAE's posterior."""
+        moments = self.encoder(Tensor(images.to_pixels(image[None]))).asnumpy()
+        mean, _ = np.split(self._require_finite(moments, "the VAE, encoding"), 2, axis=1)
+        return mean.astype(np.float64) * self.config.autoencoder.scale_factor
 
     def denoiser(self, context: np.ndarray, negative_context: np.ndarray, guidance_scale: float) -> Denoiser:
         """A function of (x_t, t); with guidance scale 1 the negative half is not computed."""
@@ -113,13 +145,20 @@ class TextToImage:
         seeds: Sequence[tuple[int, int]],
         settings: Sampling,
         on_step: Callable[[], None] = lambda: None,
+        image: np.ndarray | None = None,
     ) -> np.ndarray:
         """One image for each prompt: (B, H, W, 3) uint8. `seeds` gives each its (seed, number).
+
+        Args:
+            image: (H, W, 3) uint8 to begin with: noise is added to it as much as belongs to the time step at
+                which the last `settings.strength` of the steps begin (SDEdit, Meng et al. 2022, section 3).
 
         Raises:
             FloatingPointError: a network's answer is not finite, so that there would be no image to see.
         """
-        context, negative = self.encode_prompts(prompts), self.encode_prompts(negative_prompts)
+        count = self.chunk_count([*prompts, *negative_prompts]) if self.syntax.is_long else 1
+        context = self.encode_prompts(prompts, count)
+        negative = self.encode_prompts(negative_prompts, count)
         for encoded in (context, negative):
             self._require_finite(encoded, "the text encoder")
         denoise = self.denoiser(context, negative, settings.guidance_scale)
@@ -132,9 +171,13 @@ class TextToImage:
             extra["eta"] = settings.eta
         latents = x_T
         timesteps = timesteps_of(settings.sampler, self.schedule, settings.steps, settings.spacing)
+        if image is not None:
+            timesteps = timesteps[settings.steps - steps_of(settings) :]
+            signal, level = self.schedule.sqrt_alpha, self.schedule.sqrt_one_minus_alpha
+            x_T = add_noise(self.encode_image(image), x_T, signal[timesteps[0]], level[timesteps[0]])
         sampler = SAMPLERS[settings.sampler](denoise, x_T, self.schedule, timesteps, **extra)
         for number, x_t in enumerate(sampler, 1):
-            latents = self._require_finite(x_t, f"the UNet, denoising step {number} of {settings.steps}")
+            latents = self._require_finite(x_t, f"the UNet, denoising step {number} of {len(timesteps)}")
             on_step()
         return self.decode(latents)
 
