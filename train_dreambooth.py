@@ -1,7 +1,5 @@
-"""Fine-tune Stable Diffusion 2 on a few images of a subject (DreamBooth). `--help` lists the options.
-
-NumPy and MindSpore are imported within functions: typing errors come at once, signals are seen to first.
-"""
+"""Fine-tune Stable Diffusion on a few images of a subject (DreamBooth). `--help` lists the options."""
+# NumPy and MindSpore are imported within functions: typing errors come at once, signals are seen to first
 
 from __future__ import annotations
 
@@ -36,6 +34,7 @@ class Plan:
     origin: dict
     model: LatentDiffusion
     lora: LoraPlan | None
+    draws: object = None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 def plan(options: TrainOptions, source: Source, folder: RunFolder, ranks: Ranks) -> Plan | None:
     """Read and decide; None where nothing is left to do. Loads no weights, generates and encodes nothing."""
     from ldm.networks.latent_diffusion import build_model
+    from ldm.run.forecast import Forecast
     from ldm.run.recipe import origin_of
     from ldm.subjects import load_subjects
     from ldm.training.lora import plan_lora
@@ -74,14 +74,15 @@ def plan(options: TrainOptions, source: Source, folder: RunFolder, ranks: Ranks)
     progress = Progress.of(options, sum(map(len, subjects)), ranks.size)
     options = options.until(progress.total_updates)
     origin = origin_of(options, config, source.files, subjects, progress)
-    start.require_same(origin, options.allow_changed_options)
-    start.require_that_it_can_continue(progress.total_updates, folder.path)
-    if start.is_done(progress.total_updates) and not start.changes(origin):
+    if not start.leaves_work(progress.total_updates, origin, options.allow_changed_options, folder.path):
         return progress.say_that_all_is_done()
     dropout = max(config.unet.dropout, options.lora_dropout)
     say_what_is_new(options.warmup_steps, dropout)
     values = count_values(model, options, lora)
-    folder.warn_if_disk_is_too_small(values, progress.checkpoints_to_come(start.global_step), start)
+    space = folder.space(values, progress.checkpoints_to_come(start.global_step), start)
+    if options.dry_run:
+        forecast = Forecast(options, subjects, progress, values, space, ranks, start.global_step)
+        return forecast.say(model, source)
     recompute = settle_recompute(options.recompute, values.bytes_needed, dropout, options.use_lora)
     return Plan(replace(options, recompute=recompute), source, start, subjects, progress, origin, model, lora)
 
@@ -94,6 +95,7 @@ def prepare(work: Plan, folder: RunFolder, ranks: Ranks) -> Inputs:
     from ldm.training.inputs import Inputs, encode_prompts
     from ldm.training.latent_cache import Encoding
     from ldm.training.samples import DreamBoothSamples
+    from ldm.training.validation import ValidationImages
     from ldm.weights.checkpoint import load_checkpoint
 
     options, config, model = work.options, work.source.config, work.model
@@ -110,6 +112,7 @@ def prepare(work: Plan, folder: RunFolder, ranks: Ranks) -> Inputs:
         count, show = work.progress.total_samples, progress_bar("latents", ranks.is_first)
         moments = moments.cached(config, folder.latents, count, options.train_batch_size, ranks, show)
     text = encode_prompts(options, config, model.cond_stage_model, samples.prompts())
+    work.draws = ValidationImages.of(options, config, model, folder.checkpoints.brought_back)
     folder.checkpoints.take_frozen_from(model, options, work.lora and work.lora.writer(options, model))
     return Inputs.of(options, samples, moments, text, config)
 
@@ -124,25 +127,22 @@ def train(work: Plan, folder: RunFolder, inputs: Inputs, ranks: Ranks, stop: Sto
     facts["text encoder is frozen"] = progress.is_past_text_stop(start := work.start.global_step)
     graphs = CompileCache.open(options.caches_graphs, options.graph_facts() | facts, after=inputs)
     trainer = build_trainer(work.model, inputs, options, config, ranks, work.lora, progress.text_stop, start)
-    if options.device == "CPU" and ranks.size == 1:
-        graphs.restart_if_large(trainer.compile, trainer.bytes_needed)
-    recorder = Recorder(folder, trainer, progress, work.origin)
+    is_alone = options.device == "CPU" and ranks.size == 1
+    graphs.restart_if_large(trainer.compile, trainer.bytes_needed, is_alone)
+    recorder = Recorder(folder, trainer, progress, work.origin, work.draws)
     recorder.resume(work.start.state)
     if trainer.global_step >= progress.total_updates:
         return recorder.say_that_all_is_done()
-    recorder.begin(work.subjects)
+    recorder.begin(options, work.subjects)
     bar = progress_bar("training", ranks.is_first, "step")(progress.total_updates, trainer.global_step)
-    with stop.postponed(), bar:
-        try:
-            for report in trainer.updates(progress):
-                graphs.mark_complete()
-                recorder.write(report)
-                bar.update()
-                stops = report.global_step < progress.total_updates and stop.requested(ranks)
-                recorder.save_if_due(report.global_step, stops)
-                stop.exit_if(stops, ranks)
-        except FloatingPointError as error:
-            raise recorder.failed(error) from None
+    with stop.postponed(), bar, recorder.failures():
+        for report in trainer.updates(progress):
+            graphs.mark_complete()
+            recorder.write(report)
+            bar.update()
+            stops = report.global_step < progress.total_updates and stop.requested(ranks)
+            recorder.finish(report.global_step, stops)
+            stop.exit_if(stops, ranks)
     recorder.end()
 
 

@@ -49,8 +49,11 @@ def prompts_of(
         captions = [_named(path) for path in paths]
         captions = [named if PROMPT in named or not is_class else "" for named in captions]
     found = sum(map(bool, captions))
-    logger.info("%s: %d of %d images have a caption, the others take the prompt %r",
-                folder, found, len(paths), prompt)  # fmt: skip
+    others = "" if found == len(paths) else f", the others take the prompt {prompt!r}"
+    if found:
+        logger.info("%s: %d of %d images have a caption%s", folder, found, len(paths), others)
+    else:
+        logger.info("%s: no captions, the prompt is %r", folder, prompt)
     return [caption.replace(PROMPT, prompt) if caption else prompt for caption in captions]
 
 

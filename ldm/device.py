@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ldm.memory import own_memory
+
 VERSIONS = {"mindspore": ((2, 7), (2, 11)), "numpy": ((1, 25), (2, 0))}  # from the first to before the second
 FIRST_GENERATION = "ascend910"  # MindSpore's name for the first Ascend 910, whatever its chip is called
 NEWER = ("ascend910b", "ascend910_93")  # the Atlas A2 and A3 training series
@@ -114,6 +116,20 @@ def has_newer_kernels() -> bool:
     A2 and A3, kernel by kernel. On the first Ascend 910 a graph runs as one (GE), of the older operators.
     """
     return soc() in NEWER
+
+
+def memory_in_use() -> int:
+    """Bytes that this process has now: of the device's memory, on a CPU of the machine's; 0 where that cannot
+    be told.
+    """
+    if is_on_cpu():
+        return own_memory()
+    import mindspore as ms
+
+    try:
+        return int(ms.runtime.memory_allocated())
+    except (AttributeError, RuntimeError):
+        return 0
 
 
 def default_precision() -> str:

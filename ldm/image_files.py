@@ -270,9 +270,9 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         ValueError: an image is of a format that is not read.
     """
-    images, left_out = [], {"hidden files": 0, "sub-folders": 0, "masks": 0, "other files": 0}
+    images, left_out = [], {"hidden files": 0, "sub-folders": 0, "masks": 0, "captions": 0, "other files": 0}
     paths = sorted(folder.iterdir())
-    stems = {path.stem for path in paths}
+    stems, names = {path.stem for path in paths}, set(paths)
     for path in paths:
         if path.name.startswith("."):
             left_out["hidden files"] += 1
@@ -280,6 +280,8 @@ def list_images(folder: Path) -> list[Path]:
             left_out["masks"] += 1
         elif path.is_dir():
             left_out["sub-folders"] += 1
+        elif path.suffix == ".txt" and any(path.with_suffix(suffix) in names for suffix in SUFFIXES):
+            left_out["captions"] += 1
         elif (path.exists() and not path.is_file()) or not _is_image(path):  # a pipe would never end
             left_out["other files"] += path.name != NOTE
         elif reason := not_read(path):

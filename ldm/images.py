@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.files import appears_whole
 
+PADDING = 2  # pixels around the images of a grid
 PAGE_PIXELS, PAGE_HEIGHT = 2**26, 2**14  # of a page of a grid, at most: what programs can show
 FORMATS, QUALITY = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}, 95
 # of EXIF: where AUTOMATIC1111 writes and reads its text in a JPEG, and what it may take there
@@ -112,7 +113,7 @@ def free_path(folder: Path, stem: str, suffix: str = ".png", start: int = 0) -> 
     return path
 
 
-def grid(images: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
+def grid(images: np.ndarray, columns: int, padding: int = PADDING) -> np.ndarray:
     """(N, H, W, 3) uint8 side by side on white."""
     count, height, width, _ = images.shape
     columns = min(columns, count)

@@ -33,7 +33,14 @@ def memory_is_low(needed: int) -> bool:
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(fields["MemAvailable"].split()[0])
-        own = os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
         return False
-    return needed > available + own
+    return needed > available + own_memory()
+
+
+def own_memory() -> int:
+    """The bytes of memory that this process has; 0 without /proc."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0

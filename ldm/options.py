@@ -1,6 +1,7 @@
 """The options of train_dreambooth.py. Must not import mindspore."""
 
 import dataclasses
+import importlib.util
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,6 +70,7 @@ class TrainOptions(TrainFields):
         """Raise ConfigError for combinations that cannot work and for files that are not there."""
         self._check_lora()
         self._check_recipe()
+        self._check_validation()
         for concept in self.subjects:
             for name in concept.missing(self.with_prior_preservation):
                 more = " with prior preservation (or give --with_prior_preservation=False)"
@@ -117,6 +119,19 @@ class TrainOptions(TrainFields):
                 raise ConfigError(message)
         if trains_word:
             self._check_token()
+
+    def _check_validation(self) -> None:
+        own = [spec.name for spec in dataclasses.fields(self) if spec.name.startswith("validation_")]
+        given = [name for name in own if getattr(self, name) != getattr(TrainFields, name)]
+        if given and not self.validation_prompt:
+            raise ConfigError(f"{given[0]} acts with --validation_prompt only")
+        if self.validation_prompt:
+            from ldm.prompts import parse_weights  # whose tokenizer takes a while
+
+            for prompt in self.validation_prompt:
+                parse_weights(prompt)
+        if self.report_to == "tensorboard" and importlib.util.find_spec("tensorboardX") is None:
+            raise ConfigError("report_to tensorboard: the package is missing: pip install tensorboardX")
 
     def _check_token(self) -> None:
         from ldm.tokenizer import token_of  # whose vocabulary takes a while

@@ -275,6 +275,27 @@ class TrainFields:
         9.0, "class images", "classifier-free guidance scale", aliases=("--scale",), least=0
     )
 
+    validation_prompt: tuple[str, ...] | None = run_option(
+        None,
+        "validation",
+        "prompts of images to see on the way, in output_path/validation [no]",
+        metavar="TEXT",
+    )
+    validation_every: int | None = run_option(
+        None, "validation", "updates between them [at every checkpoint]", least=1
+    )
+    validation_images: int = run_option(4, "validation", "images of each prompt", least=1)
+    validation_guidance_scale: float = run_option(
+        7.5,
+        "validation",
+        "classifier-free guidance scale; sampler and steps are those of class images",
+        least=0,
+    )
+    report_to: str = run_option(
+        "none", "validation", "also write TensorBoard's files; report.html there is always",
+        choices=("none", "tensorboard"),
+    )  # fmt: skip
+
     ckpt_save_interval: int = run_option(1, "run", "epochs between checkpoints", least=1)
     keep_weights: int = run_option(10, "run", "how many checkpoints to keep, the newest ones", least=1)
     save_weights_every: int | None = run_option(
@@ -297,6 +318,9 @@ class TrainFields:
         1, "run", "how many resumable states to keep, the newest ones", aliases=("--keep_checkpoints",),
         least=1,
     )  # fmt: skip
+    dry_run: bool = run_option(
+        False, "run", "check everything, say what would be done and about how long it takes, and end"
+    )
     resume: str | None = run_option(
         None, "run", 'continue from "latest", or from a folder states/step_* [no]', metavar="latest|PATH"
     )

@@ -77,7 +77,7 @@ def test_other_errors_keep_their_traceback(capsys):
 def test_help_says_what_is_required_and_gives_an_example(cls):
     text = make_parser(cls).format_help()
     assert "example:\n  python " in text and "lora_ft_unet" not in text
-    assert text.lower().count("[none]") == (1 if cls is TrainOptions else 0)  # the value of --captions
+    assert text.lower().count("[none]") == (2 if cls is TrainOptions else 0)  # --captions, --report_to
     assert text.count("[required]") == (2 if cls is TrainOptions else 0)
 
 

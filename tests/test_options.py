@@ -125,7 +125,7 @@ def test_a_mistaken_flag_ends_with_one_line(files, capsys, flag):
     ("--pretrained_model_name_or_path=x", "(here --pretrained_model_path"),
     ("--caption_extension=.txt", "(here --captions=text_files"),
     ("--checkpointing_steps=500", "(here --save_every"), ("--resume_from_checkpoint=x", "(here --resume)"),
-    ("--validation_prompt=x", "(leave it out; with --save_weights_every"),
+    ("--num_validation_images=2", "(here --validation_images)"),
     ("--network-dim=4", "(here --lora_rank)"),
 ])  # fmt: skip
 def test_names_of_other_programs_are_known(files, capsys, flag, wanted):
@@ -316,7 +316,8 @@ def test_what_depends_on_an_option_is_said_by_its_field():
         "epochs",
         "max_updates",
     }
-    run = {"resume", "allow_changed_options", "callback_size", "log_level", "version"}
+    run = {"resume", "allow_changed_options", "callback_size", "log_level", "version", "dry_run"}
+    run |= {"report_to", *(name for name in free if name.startswith("validation_"))}
     machine = {"device", "mode", "compile_cache", "use_parallel", "flash_attention", "deterministic"}
     machine |= {"precision", "force_precision"}  # the model configuration is compared, with what it became
     lora = {"lora_fp16", "lora_format", "lora_ckpt_path", "lora_ft_unet"}

@@ -1,10 +1,11 @@
 """The checkpoints of a run: whole models, of which the training changes a part."""
 
+import contextlib
 import logging
 import re
 import shutil
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from ldm.memory import release_memory
 from ldm.options import TrainOptions
 from ldm.tokenizer import token_of
 from ldm.weights.arrays import as_numpy
-from ldm.weights.checkpoint import drop_values, move_to_disk, weights_of
+from ldm.weights.checkpoint import drop_values, move_to_disk, put_back_values, weights_of
 from ldm.weights.digests import recorded_digests, write_digests
 from ldm.weights.embeddings import TABLE, save_embedding
 from ldm.weights.lora_writing import LoraWriter
@@ -32,6 +33,7 @@ class Model(Protocol):
     """What checkpoints are made of: ldm.networks.latent_diffusion.LatentDiffusion."""
 
     config: ModelConfig
+    first_stage_model: nn.Cell
 
     def parameter_names(self) -> list[str]: ...
     def take_out_frozen(self, train_text_encoder: bool) -> list[nn.Cell]: ...
@@ -57,14 +59,16 @@ class Checkpoints:
         self.frozen = {}  # parameters that are not trained
         self.lora: LoraWriter | None = None
         self.word: str | None = None
-        self._are_on_disk = False
+        self._are_on_disk = self._is_vae_away = False
 
     def take_frozen_from(self, model: Model, options: TrainOptions, lora: LoraWriter | None = None) -> None:
         """Take the networks that are not trained out of a model, for the checkpoints to come.
 
         With cached latents nothing else needs them any more: they move out of memory, into a nameless file in
-        the folder, unless the checkpoints are those of `lora`, which have nothing of them.
+        the folder, unless the checkpoints are those of `lora`, which have nothing of them, and nothing is to
+        be brought back.
         """
+        vae = model.first_stage_model
         self.lora, self.config, self.names = lora, model.config, model.parameter_names()
         self.word = options.train_token
         self._are_on_disk = options.cache_latents and not lora
@@ -76,9 +80,25 @@ class Checkpoints:
                 self.frozen |= (
                     move_to_disk(network, self.folder) if self._are_on_disk else weights_of(network)
                 )
+            elif options.cache_latents and options.validation_prompt and network is vae:
+                self.frozen |= move_to_disk(network, self.folder)
             elif options.cache_latents:
                 drop_values(network)
+        self._is_vae_away = options.cache_latents
         release_memory()
+
+    @contextlib.contextmanager
+    def brought_back(self, vae: nn.Cell) -> Iterator[None]:
+        """A block in which the VAE that was taken out of the model is in memory, to draw with."""
+        if not self._is_vae_away:
+            yield
+            return
+        put_back_values(vae, self.frozen)
+        try:
+            yield
+        finally:
+            drop_values(vae)
+            release_memory()
 
     def paths(self, name: str, has_averages: bool) -> list[Path]:
         """The weights, and with EMA the averaged ones."""
@@ -91,6 +111,13 @@ class Checkpoints:
         """Whether any is on the disk, of an epoch or of a step."""
         own = [own_checkpoints(self.folder, kind) for kind in ("epoch", "step")]
         return any(path.exists() for numbered in own for paths in numbered.values() for path in paths)
+
+    def newest(self) -> Path | None:
+        """The checkpoint that was written last, the averaged one where there are two."""
+        own = [own_checkpoints(self.folder, kind) for kind in ("epoch", "step")]
+        there = [path for numbered in own for paths in numbered.values() for path in paths if path.exists()]
+        there = [path for path in there if "_embedding_" not in path.name]
+        return max(there, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
 
     def save(self, name: str, weights: Mapping, averages: Mapping | None) -> list[Path]:
         """Write the weights, and with EMA the averaged ones beside them; then remove what is not kept."""

@@ -74,14 +74,17 @@ class CompileCache:
             with contextlib.suppress(OSError):
                 (self.folder / COMPLETE).touch()
 
-    def restart_if_large(self, compile_all: Callable[[], None], needed: int) -> None:
+    def restart_if_large(self, compile_all: Callable[[], None], needed: int, is_alone: bool = True) -> None:
         """Compile, then start the command once more, where a training needs so many bytes that what compiling
         took counts, 5 GB at full size: MindSpore never gives that back.
 
         Where the graphs are there already, only where memory is low. Does nothing in the second start, nor
         without a folder, in which the graphs would be found there.
+
+        Args:
+            is_alone: of several processes none can start again; nor would it help but on a CPU.
         """
-        if not self.folder or os.environ.get(RESTARTED) or needed < LARGE:
+        if not is_alone or not self.folder or os.environ.get(RESTARTED) or needed < LARGE:
             return
         if (self.folder / COMPLETE).exists() and not memory_is_low(needed):
             return

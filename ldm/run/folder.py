@@ -42,14 +42,18 @@ class RunFolder:
 
     @classmethod
     def open(cls, options: TrainOptions, ranks: Ranks) -> "RunFolder":
-        """Lock the folder, log into it, and remove what killed processes have left half written.
+        """Lock the folder, log into it, and remove what killed processes have left half written; with
+        --dry_run only look.
 
         Raises:
             ConfigError: an earlier run has left results there, and is not resumed.
             ValueError: another process is writing into it.
         """
         folder = cls(options, ranks)
-        if ranks.is_first:
+        if options.dry_run:
+            start_logging(options.log_level if ranks.is_first else "WARNING")
+            folder._require_no_other_run()
+        elif ranks.is_first:
             folder._take()
             for path in (folder.path, folder.states.folder):
                 remove_partial_files(path, is_locked=True)
@@ -73,6 +77,10 @@ class RunFolder:
             if not (self.path / ".lock").exists():
                 raise
             logger.warning("%s: cannot be locked (%s); start no second run there", self.path, error)
+        self._require_no_other_run()
+        start_logging(self.options.log_level, self.path / "train.log")
+
+    def _require_no_other_run(self) -> None:
         earlier = results(self.path)
         if earlier and not resumes_here(self.options.resume, self.path):
             raise ConfigError(
@@ -80,7 +88,6 @@ class RunFolder:
                 f"--resume=latest "
                 "to continue it"
             )
-        start_logging(self.options.log_level, self.path / "train.log")
 
     def find_start(self) -> Start:
         """Where --resume begins: the same place in all processes.
@@ -106,24 +113,25 @@ class RunFolder:
         if self.ranks.is_first:
             write_record(self.path, origin, ended)
 
-    def warn_if_disk_is_too_small(self, values: Sequence[int], to_come: int, start: Start) -> None:
-        """Say before hours are spent where the checkpoints and states to come will not fit.
+    def space(self, values: Sequence[int], to_come: int, start: Start) -> tuple[int, int]:
+        """The bytes that checkpoints and states to come need, and those that are free. Says before hours are
+        spent where they will not fit.
 
         Args:
             values: how many the whole model has, and how many are trained.
             to_come: epochs that still leave checkpoints.
         """
-        if not self.ranks.is_first:
-            return
         there = (len(own_checkpoints(self.path)), len(self.states.paths())) if start.state else (0, 0)
         needed = space_needed(self.options, sizes_of(self.options, *values[:2]), to_come, *there)
-        free = shutil.disk_usage(self.path).free
-        if needed > free:
+        place = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(place).free
+        if needed > free and self.ranks.is_first:
             logger.warning(
                 "%s: checkpoints and states to come need up to %.1f GB, %.1f GB are free: make room, or give "
                 "--keep_weights=1, or --save_state_minutes=None (a state only when stopped)",
                 self.path, needed / 1e9, free / 1e9,
             )  # fmt: skip
+        return needed, free
 
     def metrics(self, global_step: int) -> "MetricsFile":
         return MetricsFile.open(self.path / "metrics.jsonl" if self.ranks.is_first else None, global_step)

@@ -88,6 +88,12 @@ class Start:
         for change in changes:
             logger.warning("resume: changed: %s", change)
 
+    def leaves_work(self, total_updates: int, origin: dict, allowed: bool, output: Path) -> bool:
+        """Whether anything is left to do. Raises as `require_same` and `require_that_it_can_continue` do."""
+        self.require_same(origin, allowed)
+        self.require_that_it_can_continue(total_updates, output)
+        return not self.is_done(total_updates) or bool(self.changes(origin))
+
     def require_that_it_can_continue(self, total_updates: int, output: Path) -> None:
         """Raises ConfigError where a run that has ended is to be made longer, but has kept no state."""
         if self.ended is not None and not self.state and total_updates > self.ended:

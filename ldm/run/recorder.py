@@ -1,13 +1,21 @@
 """What a training leaves on the disk while it goes on: metrics, log lines, states and checkpoints."""
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
+from ldm.options import TrainOptions
+from ldm.run.boards import Boards
 from ldm.run.checkpoints import embedding_beside
 from ldm.run.folder import RunFolder
+from ldm.run.report import Commands, RunReport, command_to_resume
 from ldm.run.states import State
+from ldm.run.validation import Draws, Validation
 from ldm.subjects import Subject
 
 logger = logging.getLogger(__name__)
@@ -26,6 +34,7 @@ class Trained(Protocol):
     def require_equal_weights(self) -> None: ...
     def agree_on_weights(self) -> None: ...
     def require_finite_weights(self) -> None: ...
+    def averaged(self) -> AbstractContextManager: ...
 
 
 class Counting(Protocol):
@@ -46,11 +55,18 @@ class Recorder:
 
     Args:
         origin: what the run is made of, see ldm/run/recipe.py.
+        draws: makes validation images, where they are wanted.
     """
 
-    def __init__(self, folder: RunFolder, trainer: Trained, progress: Counting, origin: dict) -> None:
+    def __init__(
+        self, folder: RunFolder, trainer: Trained, progress: Counting, origin: dict,
+        draws: Draws | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.checkpoints, self.trainer = folder, folder.checkpoints, trainer
         self.progress, self.origin, self.options, self.ranks = progress, origin, folder.options, folder.ranks
+        self.validation = Validation(folder.path, self.options, draws if self.ranks.is_first else None)
+        self.boards: Boards | None = None
+        self.report: RunReport | None = None  # of the first process
 
     def resume(self, state: State | None) -> None:
         """Restore a state, and write the checkpoint that a run killed after saving it has left out."""
@@ -67,8 +83,12 @@ class Recorder:
                 )
         self.ranks.wait()
 
-    def begin(self, subjects: Sequence[Subject]) -> None:
-        """Note what the run is made of, before its first update."""
+    def begin(self, options: TrainOptions, subjects: Sequence[Subject]) -> None:
+        """Note what the run is made of, before its first update.
+
+        Args:
+            options: as they are used, nothing left open.
+        """
         self.trainer.require_equal_weights()
         self.folder.note_run(self.origin)
         self.metrics = self.folder.metrics(self.trainer.global_step)
@@ -78,16 +98,73 @@ class Recorder:
         text = "training %.1fM values on %d images%s: %d updates; compiling, the first takes a while"
         updates = self.progress.total_updates
         logger.info(text, self.trainer.trained_values / 1e6, sum(counts), of, updates)
+        if not self.ranks.is_first:
+            return
+        update = self.trainer.global_step
+        if self.options.report_to == "tensorboard":
+            self.boards = Boards(self.folder.path / "tensorboard", update)
+        self.report = RunReport(
+            self.folder.path, options, self.options, subjects, self.progress.epochs, updates
+        )
+        self.validation.begin(update)
+        self._draw(update)
+        self._tell("running", f"update {update} of {updates}")
+
+    def _draw(self, update: int) -> bool:
+        """The validation images of an update, if it has any; whether there are new ones."""
+        is_last = update == self.progress.total_updates
+        if not self.validation.is_due(update, bool(self._due(update)), is_last):
+            return False
+        grid = self.validation.draw(update, self.trainer)
+        if grid is not None and self.boards:
+            self.boards.write_grid(grid, update)
+        return grid is not None
+
+    def _tell(self, state: str, said: str) -> None:
+        """Write the report."""
+        if self.report:
+            self.report.write(state, said, self._commands())
+
+    def _commands(self) -> Commands:
+        checkpoints, options = self.checkpoints, self.options
+        resume = command_to_resume() if self.folder.states.paths() else None
+        if not (path := checkpoints.newest()):
+            return Commands(resume=resume)
+        whole = (
+            path.with_suffix(".safetensors")
+            if path.suffix == ".ckpt"
+            else path.with_name(f"{path.name}_file.safetensors")
+        )
+        script = ["scripts/convert_checkpoint.py", path, whole]
+        if checkpoints.lora:
+            whole = path.with_name(f"{path.stem}_merged.safetensors")
+            script = ["scripts/merge_lora.py", options.checkpoint, path, whole]
+        return Commands(self._how_to_draw(path), resume, f"python {shlex.join(map(str, script))}")
 
     def write(self, report) -> None:
         """Of every update: its metrics, and once in a while a log line."""
         self.metrics.write(dataclasses.asdict(report))
+        if self.boards:
+            self.boards.write(dataclasses.asdict(report))
         if report.global_step % self.options.callback_size == 0 or report.skipped:
             logger.info(report.line())
 
-    def save_if_due(self, update: int, stops: bool) -> None:
+    def finish(self, update: int, stops: bool) -> None:
+        """After every update: what is due on the disk, then images of it; these wait where the run stops.
+        Raises as `save_if_due` does.
+        """
+        has_saved = self.save_if_due(update, stops)
+        if not self.ranks.is_first:
+            return
+        has_drawn = not stops and self._draw(update)
+        if stops:
+            self._tell("stopped", f"stopped after update {update} of {self.progress.total_updates}")
+        elif has_saved or has_drawn:
+            self._tell("running", f"update {update} of {self.progress.total_updates}")
+
+    def save_if_due(self, update: int, stops: bool) -> bool:
         """The state, then, at the end of an epoch, its checkpoint: resumed between them, a run writes the
-        checkpoint first.
+        checkpoint first. Returns whether anything was due.
 
         Raises:
             ValueError, FloatingPointError: the weights are not equal in all processes, or not finite; they
@@ -98,17 +175,18 @@ class Recorder:
         is_before_stop = update == self.progress.text_stop and self.options.save_state_minutes is not None
         keeps_state = stops or is_before_stop or bool(every and update % every == 0)
         if not keeps_state and not due:
-            return
+            return False
         self.trainer.agree_on_weights()
         self.trainer.require_finite_weights()
         if not self.ranks.is_first:
-            return
+            return True
         if keeps_state or self.folder.states.is_due(run_ends=update == self.progress.total_updates):
             self.save_state()
         for name in due:
             self.checkpoints.save(name, self.trainer.weights(), self.trainer.averages())
         if stops:
             self._say_how_to_draw()
+        return True
 
     def _say_how_to_draw(self) -> None:
         """Where there is a state, but no checkpoint yet."""
@@ -135,25 +213,41 @@ class Recorder:
         if self.ranks.is_first:
             self.folder.states.save(*self.trainer.state(), self.origin)
 
-    def failed(self, error: FloatingPointError) -> FloatingPointError:
-        """The error with how to continue; where it says that the weights are good, they are saved first."""
-        if getattr(error, "weights_are_good", False):
-            self.save_state()
-            self.ranks.wait()  # if one process exits early, the launcher kills the rest
-        return FloatingPointError(f"{error}; {self.folder.states.advice()}")
+    @contextlib.contextmanager
+    def failures(self) -> Iterator[None]:
+        """A block whose FloatingPointError says how to continue; where it says that the weights are good,
+        they are saved first.
+        """
+        try:
+            yield
+        except FloatingPointError as error:
+            if getattr(error, "weights_are_good", False):
+                self.save_state()
+                self.ranks.wait()  # if one process exits early, the launcher kills the rest
+            self._tell("failed", f"failed: {error}")
+            raise FloatingPointError(f"{error}; {self.folder.states.advice()}") from None
 
     def end(self) -> None:
         """Note that the run is complete, and say how to use what it has made."""
         self.folder.note_run(self.origin, ended=self.progress.total_updates)
-        path = self.checkpoints.paths(f"epoch_{self.progress.epochs}", self.trainer.averages() is not None)[
-            -1
-        ]
-        flags = [f"--ckpt_path {path}"]
-        if self.options.model_config != "auto":
-            flags.insert(0, f"--config {self.options.model_config}")
+        names = self.checkpoints.paths(f"epoch_{self.progress.epochs}", self.trainer.averages() is not None)
+        self._tell("complete", f"complete: {self.progress.total_updates} updates")
+        if self.boards:
+            self.boards.close()
+        logger.info("done; generate images with: %s", self._how_to_draw(names[-1], "..."))
+        if self.report:
+            logger.info("what it learned from, draws, and how it went: %s", self.folder.path / "report.html")
+
+    def _how_to_draw(self, path: Path, prompt: str | None = None) -> str:
+        """The command that draws with a checkpoint."""
+        options = self.options
+        words = ["--ckpt_path", path]
         if self.checkpoints.lora:
-            flags[-1] = f"--ckpt_path {self.options.checkpoint} --lora_ckpt_path {path}"
-            flags += ["--zero_terminal_snr"] * self.options.zero_terminal_snr
-            if self.options.train_token is not None:
-                flags.append(f"--embedding_path {embedding_beside(path)}")
-        logger.info("done; generate images with: python text_to_image.py %s --prompt ...", " ".join(flags))
+            words = ["--ckpt_path", options.checkpoint, "--lora_ckpt_path", path]
+            words += ["--zero_terminal_snr"] * options.zero_terminal_snr
+            if options.train_token is not None:
+                words += ["--embedding_path", embedding_beside(path)]
+        if options.model_config != "auto":
+            words = ["--config", options.model_config, *words]
+        prompt = prompt or shlex.quote(f"{options.subjects[0].instance_prompt} on the beach")
+        return f"python text_to_image.py {shlex.join(map(str, words))} --prompt {prompt}"

@@ -9,7 +9,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Report:
-    """What an update did. Losses are means over its accumulated steps; the rate is in images per second."""
+    """What an update did. Losses are means over its accumulated steps; the rate is in images per second, the
+    memory the device's, on a CPU the process's.
+    """
 
     global_step: int
     total_steps: int
@@ -23,6 +25,7 @@ class Report:
     gradient_norm: float
     loss_scale: float
     skipped: bool
+    memory_gb: float
 
     def line(self) -> str:
         prior = f" instance {self.instance_loss:.4f} class {self.class_loss:.4f}" if self.class_loss else ""

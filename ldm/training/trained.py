@@ -27,10 +27,13 @@ def trained_networks(model: LatentDiffusion, train_text_encoder: bool) -> list[n
 
 
 class Values(NamedTuple):
-    """How many the whole model has; how many are trained; and the memory that the training may need."""
+    """How many the whole model has; how many are trained, and are in networks that the training uses; and
+    the memory that it may need.
+    """
 
     whole: int
     trained: int
+    used: int
     bytes_needed: int
 
 
@@ -40,7 +43,7 @@ def count_values(model: LatentDiffusion, options: TrainOptions, lora: LoraPlan |
 
     trained = lora.values if lora else size(trained_networks(model, options.train_text_encoder))
     used = size(trained_networks(model, options.trains_text))
-    return Values(size([model]), trained, training_bytes(used, trained, OPTIMIZERS[options.optim]))
+    return Values(size([model]), trained, used, training_bytes(used, trained, OPTIMIZERS[options.optim]))
 
 
 def settle_recompute(

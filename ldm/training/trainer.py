@@ -3,6 +3,7 @@
 The same step in plain PyTorch, and equal to it: tests/training/test_trainer.py, torch_training.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor
 
 from ldm.config import ModelConfig
-from ldm.device import graphs_not_kept, is_dry_run, is_on_cpu
+from ldm.device import graphs_not_kept, is_dry_run, is_on_cpu, memory_in_use
 from ldm.fields import OPTIMIZERS
 from ldm.memory import release_memory, training_bytes
 from ldm.networks.latent_diffusion import LatentDiffusion
@@ -181,15 +182,14 @@ class Trainer:
                 float16 too many updates skipped in a row, which leave the weights as they were.
         """
         first, total = self.global_step + 1, progress.total_updates
-        start, speed, left = 0.0, 0.0, 0.0
+        spent, speed, left = 0.0, 0.0, 0.0
         while self.global_step < total:
-            rate = self.learning_rate(self.global_step)
+            rate, start = self.learning_rate(self.global_step), time.perf_counter()
             losses, norm, skipped = self.one_update()
             self._require_that_it_can_continue(losses)
-            if self.global_step == first:
-                start = time.perf_counter()  # compiling is not counted
-            else:
-                seconds = (time.perf_counter() - start) / (self.global_step - first)
+            if self.global_step > first:  # compiling is not counted, nor what is done between updates
+                spent += time.perf_counter() - start
+                seconds = spent / (self.global_step - first)
                 speed = progress.samples_per_update * self.inputs.samples.images_per_sample / seconds
                 left = seconds * (total - self.global_step)
             epoch = progress.epoch(self.global_step)
@@ -204,6 +204,7 @@ class Trainer:
                 norm,
                 self.loss_scale.value,
                 skipped,
+                memory_in_use() / 1e9,
             )
 
     def _require_that_it_can_continue(self, losses: np.ndarray) -> None:
@@ -278,6 +279,26 @@ class Trainer:
     def averages(self) -> Mapping[str, Parameter | np.ndarray] | None:
         """With EMA the averages under the names of the weights."""
         return self._named(self.average.average) if self.average else None
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A block in which the networks have the averaged weights, where there are any. Afterwards they are
+        as they were, to the bit.
+        """
+        if self.average:
+            self._exchange_averages()
+        try:
+            yield
+        finally:
+            if self.average:
+                self._exchange_averages()
+
+    def _exchange_averages(self) -> None:
+        for average, trained in zip(self.average.average, self.masters.trained):
+            before = trained.asnumpy().copy()
+            trained.set_data(Tensor(average.asnumpy().copy()))
+            average.set_data(Tensor(before))
+        self.masters.follow()
 
     def _state_arrays(self) -> dict[str, ParameterTuple]:
         """What a state has for every weight, by the prefix of the names there."""

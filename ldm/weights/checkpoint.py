@@ -12,7 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from ldm.weights.arrays import Arrays, ArraysInMemory, cast, examples, is_finite, is_float
+from ldm.weights.arrays import Arrays, ArraysInMemory, as_numpy, cast, examples, is_finite, is_float
 from ldm.weights.layouts import Fitted, fit
 from ldm.weights.lora_merge import Added, merged
 from ldm.weights.mindspore_ckpt import CKPT_DTYPES
@@ -173,6 +173,15 @@ def move_to_disk(net: nn.Cell, folder: Path) -> dict[str, np.memmap]:
         content = np.memmap(file, np.uint8, "r")
     drop_values(net)
     return {name: content[place].view(dtype).reshape(shape) for name, (place, dtype, shape) in places.items()}
+
+
+def put_back_values(net: nn.Cell, arrays: Mapping[str, np.ndarray]) -> None:
+    """The values of `net` back into memory, after `move_to_disk` or `drop_values`: cells that were compiled
+    compute as before.
+    """
+    for parameter in net.get_parameters():
+        values = cast(as_numpy(arrays[parameter.name]), CKPT_DTYPES[str(parameter.dtype)])
+        parameter.set_data(ms.Tensor(np.array(values)), slice_shape=True)
 
 
 def drop_values(net: nn.Cell) -> None:

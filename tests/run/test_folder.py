@@ -68,7 +68,7 @@ def test_a_disk_that_is_too_small_is_said(tmp_path, monkeypatch, caplog):
         monkeypatch.setattr(
             folder_module.shutil, "disk_usage", lambda path, free=free: type("Usage", (), {"free": free})
         )
-        folder.warn_if_disk_is_too_small((10**7, 9 * 10**6), 3, Start())
+        folder.space((10**7, 9 * 10**6), 3, Start())
         assert ("checkpoints and states to come need up to 0.3 GB, 0.0 GB are free" in caplog.text) == warned
 
 
