@@ -63,8 +63,8 @@ class RunReport:
     """
 
     def __init__(
-        self, folder: Path, options: TrainOptions, given: TrainOptions, subjects: Sequence[Subject], epochs: int,
-        total_updates: int,
+        self, folder: Path, options: TrainOptions, given: TrainOptions, subjects: Sequence[Subject],
+        epochs: int, total_updates: int,
     ) -> None:  # fmt: skip
         self.folder, self.options, self.given, self.subjects = folder, options, given, subjects
         self.epochs, self.total = epochs, total_updates

@@ -53,36 +53,36 @@ class Drawer:
     """
 
     def __init__(self, options: SampleOptions, source: Source) -> None:
-        self.options, self.source = options, source
         self.syntax = PromptSyntax(options.prompt_weights == "on", options.support_long_prompts)
-        self.pipeline = TextToImage(self._load(), source.config, options.guidance_rescale, self.syntax)
+        self.model = build_model(source.config, fuses_attention=options.flash_attention != "off")
+        self.pipeline = TextToImage(self.model, source.config, options.guidance_rescale, self.syntax)
+        self.load(options, source)
+        self.model.cast_weights()
+
+    def load(self, options: SampleOptions, source: Source) -> None:
+        """Take other weights of the same configuration, or other LoRA: what is compiled stays so."""
+        self.options, self.source = options, source
+        words = dict(read_embedding(path, source.config.text_encoder.width) for path in options.embeddings)
+        added = read_loras(options.loras, self.model.parameter_shapes(), source.config, options.lora_rank)
+        load_checkpoint(self.model, source, options.use_ema_weights, added)
+        put_embeddings(self.model.cond_stage_model.transformer.embedding_table, words)
+        check_prediction(self.model, source)
         self._origin: Future[Origin] = Future()
         self._notes = not (options.no_metadata or options.skip_save)
         if self._notes:
             # 5 GB take a while, and the networks leave time for it; an end before that does not wait
-            Thread(target=self._find_origin, daemon=True).start()
+            Thread(target=self._find_origin, args=(self._origin,), daemon=True).start()
 
-    def _load(self):
-        options, source = self.options, self.source
-        model = build_model(source.config, fuses_attention=options.flash_attention != "off")
-        words = dict(read_embedding(path, source.config.text_encoder.width) for path in options.embeddings)
-        added = read_loras(options.loras, model.parameter_shapes(), source.config, options.lora_rank)
-        load_checkpoint(model, source, options.use_ema_weights, added)
-        put_embeddings(model.cond_stage_model.transformer.embedding_table, words)
-        check_prediction(model, source)
-        model.cast_weights()
-        return model
-
-    def _find_origin(self) -> None:
+    def _find_origin(self, found: Future) -> None:
         try:
             loras = [(find_lora(path)[0], weight) for path, weight in map(split_weight, self.options.loras)]
-            self._origin.set_result(Origin(
+            found.set_result(Origin(
                 File.of(self.source.path, self.source.files),
                 [File.of(path, weight=weight) for path, weight in loras],
                 [File.of(path) for path in self.options.embeddings],
             ))  # fmt: skip
         except BaseException as error:
-            self._origin.set_exception(error)
+            found.set_exception(error)
 
     def batches(self, drawings: Sequence[Drawing]) -> list[list[Drawing]]:
         """Those that are drawn together: a long prompt would make others of its batch long."""
