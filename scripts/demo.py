@@ -20,6 +20,10 @@ from ldm.device import start_device
 from ldm.image_files import read_image
 
 SUBJECT = "penguin"
+LOOK = [
+    "--validation_prompt", f"a sks {SUBJECT} in the snow", f"a {SUBJECT} in the snow", "--validation_every=40",
+    "--validation_guidance_scale=3",
+]  # fmt: skip
 EXAMPLES = ROOT / "examples" / SUBJECT
 
 
@@ -32,7 +36,7 @@ def main() -> None:
     output = ROOT / "output/demo" / time.strftime("%Y%m%d-%H%M%S")
     class_images = ROOT / "output/demo/class_images"
     options = [f"--train_config={CONFIG}.json", f"--output_path={output}", f"--class_data_dir={class_images}"]
-    subprocess.run([sys.executable, "train_dreambooth.py", *options], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "train_dreambooth.py", *options, *LOOK], cwd=ROOT, check=True)
     trained = time.time()
     print("drawing and judging: two minutes", flush=True)
     start_device("auto", mode=0)
@@ -66,8 +70,8 @@ def main() -> None:
     columns = ", ".join(NEW_PLACES)
     print(f"training {trained - start:.0f} s, all {time.time() - start:.0f} s; columns: {columns}")
     print(
-        f"Look at {(output / 'demo.png').relative_to(ROOT)} and "
-        f"{(output / 'sheets' / SUBJECT).relative_to(ROOT)}.png"
+        f"Look at {(output / 'demo.png').relative_to(ROOT)}, {(output / 'sheets' / SUBJECT).relative_to(ROOT)}.png "
+        f"and, in a browser, {(output / 'report.html').relative_to(ROOT)}"
     )
     print(
         f"Draw: .venv/bin/python text_to_image.py --config {CONFIG.relative_to(ROOT)}.yaml --ckpt_path "

@@ -7,6 +7,9 @@ source scripts/environment.sh requirements.txt requirements-test.txt
 # Only its tokenizer is compared with: without what it depends on, which is another PyTorch vision stack.
 .venv/bin/python -c 'from importlib.metadata import version; assert version("open_clip_torch") == "3.3.0"' 2>/dev/null ||
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps open_clip_torch==3.3.0
+# Its own code is compared with; the convolutions come from the test.
+.venv/bin/python -c 'from importlib.metadata import version; assert version("lpips") == "0.1.4"' 2>/dev/null ||
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lpips==0.1.4
 # What people look at is tested in a Chromium, of the system's packages.
 command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null ||
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
