@@ -21,8 +21,8 @@ from ldm.image_files import read_image
 
 SUBJECT = "penguin"
 LOOK = [
-    "--validation_prompt", f"a sks {SUBJECT} in the snow", f"a {SUBJECT} in the snow", "--validation_every=40",
-    "--validation_guidance_scale=3",
+    "--validation_prompt", f"a sks {SUBJECT} in the snow", f"a {SUBJECT} in the snow",
+    "--validation_every=40", "--validation_guidance_scale=3",
 ]  # fmt: skip
 EXAMPLES = ROOT / "examples" / SUBJECT
 
@@ -70,8 +70,9 @@ def main() -> None:
     columns = ", ".join(NEW_PLACES)
     print(f"training {trained - start:.0f} s, all {time.time() - start:.0f} s; columns: {columns}")
     print(
-        f"Look at {(output / 'demo.png').relative_to(ROOT)}, {(output / 'sheets' / SUBJECT).relative_to(ROOT)}.png "
-        f"and, in a browser, {(output / 'report.html').relative_to(ROOT)}"
+        f"Look at {(output / 'demo.png').relative_to(ROOT)}, "
+        f"{(output / 'sheets' / SUBJECT).relative_to(ROOT)}.png and, in a browser, "
+        f"{(output / 'report.html').relative_to(ROOT)}"
     )
     print(
         f"Draw: .venv/bin/python text_to_image.py --config {CONFIG.relative_to(ROOT)}.yaml --ckpt_path "

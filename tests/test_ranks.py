@@ -107,7 +107,8 @@ def two(place, one):
     drawn = files(place / "classes/dog")
     shutil.move(place / "classes", place / "classes of one")
     shutil.rmtree(place / "cache/dreambooth-mindspore/latents")
-    return train_with_two(place, "mpirun", "two"), drawn
+    seen = ["--validation_prompt", "a sks dog", "--validation_images=1"]
+    return train_with_two(place, "mpirun", "two", *seen), drawn
 
 
 def test_two_under_mpirun_train_as_one(place, one, two):
@@ -120,6 +121,8 @@ def test_two_under_mpirun_train_as_one(place, one, two):
     assert files(place / "classes/dog") == drawn
     assert_same_training(place, one, place / "two")
     assert said.count("saved two/dreambooth_epoch_1.ckpt") == 1 and "rank 1 INFO" not in said
+    grids = [path.name for path in (place / "two/validation").iterdir()]  # of the first process alone
+    assert len(grids) >= 3 and said.count("validation images of update") == len(grids)
 
 
 def test_two_under_msrun_survive_a_kill(place, one, two):

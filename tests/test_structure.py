@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from evaluate import EvaluateOptions
 
 from ldm.command_line import make_parser
 from ldm.options import TrainOptions
@@ -21,6 +22,7 @@ MAY_USE = {  # wing -> wings; "" is the ground floor, the modules of ldm itself
     "sampling": {"networks", "weights", ""},
     "training": {"sampling", "networks", "weights", ""},
     "run": {"weights", ""},
+    "evaluation": {"weights", ""},
 }
 MODULES = {
     ".".join(path.relative_to(LDM).with_suffix("").parts): path
@@ -90,12 +92,13 @@ def test_the_readme_names_what_is_there():
     """Every flag is one of the commands'; what the snippet imports exists."""
     text = (ROOT / "README.md").read_text()
     flags = {flag for cls in (TrainOptions, SampleOptions) for flag in flags_of(cls)}
-    for script in ("convert_checkpoint", "extract_lora"):
+    flags |= flags_of(EvaluateOptions)
+    for script in ("convert_checkpoint", "extract_lora", "read_recipe"):
         flags |= set(re.findall(r'"(--\w+)"', (ROOT / f"scripts/{script}.py").read_text()))
     for flag in set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]+", text)) - {"--help"}:
         assert flag in flags, flag
     for spec in dataclasses.fields(TrainOptions):
-        if spec.metadata["group"] in ("captions", "recipes"):  # all of them are in its table
+        if spec.metadata["group"] in ("captions", "recipes", "validation"):  # all of them are in it
             assert f"`--{spec.name}" in text, spec.name
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for node in ast.walk(ast.parse(snippet)):

@@ -130,13 +130,15 @@ def dry_run(place, script, *arguments) -> str:
 
 
 def test_the_commands_run_through_and_leave_nothing_that_a_real_run_would_take(place):
-    log = dry_run(place, "train_dreambooth.py", *train_arguments(), "--save_state_minutes=0")
+    flags = ["--save_state_minutes=0", "--validation_prompt=a sks dog", "--use_ema=True"]
+    log = dry_run(place, "train_dreambooth.py", *train_arguments(), *flags)
     assert "on Ascend (ascend910b), precision float16" in log
     assert "a dry run, which computes nothing" in log and "OVERFLOW" not in log
     output = place / "output/dry_run"
     assert {path.name for path in (place / "output").iterdir()} == {"dry_run"}
     assert (output / "dreambooth_epoch_2.ckpt").exists() and list((output / "states").glob("step_*"))
     assert len(list((output / "class_images").glob("*.png"))) == 3 and not (place / "classes").exists()
+    assert len(list((output / "validation").glob("step_*.png"))) == 3 and (output / "report.html").exists()
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == rows[-1]["total_steps"] and not any(row["skipped"] for row in rows)
     drawn = dry_run(
