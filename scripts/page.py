@@ -129,6 +129,7 @@ def make_page(painter: Painter):
                     "prompt": gr.Textbox(options.prompt, label="Prompt", lines=3, elem_id="prompt"),
                     "negative_prompt": gr.Textbox(options.negative_prompt, label="What it should not show"),
                 }
+                button = gr.Button("Draw", variant="primary", elem_id="draw")
                 with gr.Row():
                     fields["seed"] = gr.Number(
                         options.seed, label="Seed", precision=0, minimum=0, maximum=MOST_SEED
@@ -148,7 +149,6 @@ def make_page(painter: Painter):
                         [NO_LORA, *painter.loras], value=NO_LORA, label="LoRA", elem_id="lora"
                     )
                     fields["lora_weight"] = gr.Slider(-1, 2, 1.0, step=0.05, label="Weight")
-                button = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column(scale=2, min_width=300):
                 gallery = gr.Gallery(
                     label=f"{side} x {side}, in {painter.folder}", columns=3, height=600, fit_columns=False,

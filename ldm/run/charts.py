@@ -73,7 +73,7 @@ def chart(
 
     parts = [
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(tick)}" y2="{down(tick)}"/>'
-        f'<text x="{LEFT - 6}" y="{down(tick) + 4}" text-anchor="end">{tick:.4g}</text>'
+        f'<text x="{LEFT - 6}" y="{down(tick) + 4}" text-anchor="end">{tick:.3g}</text>'
         for tick in ticks(low, high)
     ]
     parts += [
@@ -107,5 +107,6 @@ def _bounds(raw: np.ndarray, line: np.ndarray, is_noisy: bool) -> tuple[float, f
     low, high = min(low, curve.min()), max(high, curve.max())
     if low >= 0 and low < high / 2:
         low = 0.0
-    room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
+    # what hardly changes is to look so
+    room = max((high - low) * 0.05, abs(high) * 0.05) or 1.0
     return float(low - room * (low != 0)), float(high + room)

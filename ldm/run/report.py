@@ -8,6 +8,7 @@ import html
 import io
 import json
 import logging
+import math
 import re
 import shlex
 import string
@@ -259,7 +260,7 @@ def _drawn(grids: Sequence[dict]) -> str:
 def _strip(label: str, url: str, prompt: str, columns: int, name: str = "") -> str:
     """A row of images; one with a name changes with the slider."""
     kind = f'id="{name}"' if name else ""
-    over = label or '<span class="which">chosen above</span>'
+    over = label or '<span class="which"></span>'
     return (
         f'<div class=strip style="max-width:{columns * PICTURE_SIDE}px"><span class=faint>{over}</span>'
         f'<img {kind} src="{url}" alt="{_text(prompt)}"></div>'
@@ -281,7 +282,12 @@ def _charts(reports: Sequence[dict]) -> str:
     skipped = [its["global_step"] for its in reports if its["skipped"]]
 
     def curve(title: str, name: str, is_noisy: bool = False) -> str:
-        return chart(title, updates, [its.get(name) for its in reports], is_noisy, skipped)
+        values = [its.get(name) for its in reports]
+        if name == "images_per_second":  # which the first update, which compiles, does not know
+            values = [value or None for value in values]
+        if name == "loss_scale":
+            values = [math.log2(value) if value else None for value in values]
+        return chart(title, updates, values, is_noisy, skipped)
 
     has_prior = any(its["class_loss"] for its in reports)
     found = [curve("Loss on the subject" if has_prior else "Loss", "instance_loss", True)]
@@ -291,14 +297,17 @@ def _charts(reports: Sequence[dict]) -> str:
     if any(its["gradient_norm"] for its in reports):
         found.append(curve("Gradient norm", "gradient_norm", True))
     if any(its["loss_scale"] != 1 for its in reports):
-        found.append(curve("Loss scale (float16)", "loss_scale"))
+        found.append(curve("Loss scale (float16), a power of 2", "loss_scale"))
     found.append(curve("Images per second", "images_per_second"))
     if any(its.get("memory_gb") for its in reports):
         found.append(curve("Memory, GB", "memory_gb"))
     note = "The loss of one update is mostly chance, since each has other time steps and noises: look at the "
     note += "smoothed line, and at the images more than at any line."
     if skipped:
-        note += f" Red ticks: the {len(skipped)} updates that a float16 overflow skipped."
+        note += (
+            f" Red ticks: the {len(skipped)} updates that a float16 overflow skipped; a few at first are how "
+        )
+        note += "the loss scale is found, many later on want a lower learning rate."
     return f"<p class=faint>{note}</p><div class=charts>{''.join(found)}</div>"
 
 
