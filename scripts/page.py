@@ -144,14 +144,14 @@ def make_page(painter: Painter):
                 fields["guidance_scale"] = gr.Slider(
                     1, 20, options.guidance_scale, step=0.5, label="Guidance"
                 )
-                with gr.Row(visible=bool(painter.loras)):
+                with gr.Group(visible=bool(painter.loras)):
                     fields["lora"] = gr.Dropdown(
                         [NO_LORA, *painter.loras], value=NO_LORA, label="LoRA", elem_id="lora"
                     )
                     fields["lora_weight"] = gr.Slider(-1, 2, 1.0, step=0.05, label="Weight")
             with gr.Column(scale=2, min_width=300):
                 gallery = gr.Gallery(
-                    label=f"{side} x {side}, in {painter.folder}", columns=3, height=600, fit_columns=False,
+                    label=f"{side} x {side}, in {options.output_path}/samples", columns=3, height=600, fit_columns=False,
                     object_fit="contain", elem_id="gallery",
                 )  # fmt: skip
                 recipe = gr.Textbox(
