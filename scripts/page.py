@@ -150,10 +150,9 @@ def make_page(painter: Painter):
                     )
                     fields["lora_weight"] = gr.Slider(-1, 2, 1.0, step=0.05, label="Weight")
             with gr.Column(scale=2, min_width=300):
-                where = f"{side} x {side}, in {options.output_path}/samples"
                 gallery = gr.Gallery(
-                    label=where, columns=3, height=600, fit_columns=False, object_fit="contain",
-                    elem_id="gallery",
+                    label=f"{side} x {side}, in {options.output_path}/samples", columns=3, height=600,
+                    fit_columns=False, object_fit="contain", elem_id="gallery",
                 )  # fmt: skip
                 recipe = gr.Textbox(
                     label="The command that draws the last one again", lines=4, buttons=["copy"],
