@@ -63,6 +63,11 @@ class Validation:
         except (FloatingPointError, OSError) as error:
             logger.warning("no validation images of update %d: %s", update, error)
             return None
+        except (RuntimeError, MemoryError) as error:  # of MindSpore, say where memory does not suffice
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            logger.warning("no validation images from update %d on: %s", update, reason)
+            self.draws = None
+            return None
         logger.info("validation images of update %d: %s", update, self.path(update))
         return grid
 

@@ -149,11 +149,11 @@ def test_curves():
 
 class Draws:
     def __init__(self) -> None:
-        self.fails = False
+        self.fails: Exception | None = None
 
     def draw(self, trainer) -> np.ndarray:
         if self.fails:
-            raise FloatingPointError("the UNet: NaN")
+            raise self.fails
         return np.zeros((2, 4, 8, 8, 3), np.uint8)
 
 
@@ -168,12 +168,15 @@ def test_when_images_are_drawn_and_where_they_go(tmp_path, caplog):
     assert due == [0, 25, 50]
     assert validation.draw(20, None).shape == (2 * 8 + 6, 4 * 8 + 10, 3)
     assert validation.draw(20, None) is None  # it is there
-    draws.fails = True
+    draws.fails = FloatingPointError("the UNet: NaN")
     assert validation.draw(40, None) is None and "no validation images of update 40: the UNet" in caplog.text
-    draws.fails = False
+    draws.fails = None
     validation.draw(40, None)
     (tmp_path / "validation/step_000060.png").write_bytes(b"the user's own")
     validation.begin(20)
     assert [update for update, _ in grids_in(tmp_path / "validation")] == [20]
     assert (tmp_path / "validation/step_000060.png").exists()
+    draws.fails = RuntimeError("Memory not enough\n\nmany more lines")
+    assert validation.draw(60 + 20, None) is None and validation.draws is None
+    assert "no validation images from update 80 on: Memory not enough\n" in caplog.text
     assert Validation(tmp_path, options, None).draw(0, None) is None
