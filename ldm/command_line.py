@@ -241,7 +241,7 @@ def collect(cls, given: dict, source: str) -> dict:
         if name == "log_level" and isinstance(value, str):
             value = value.removeprefix("logging.").upper()
         result[name] = parse_value(value, specs[name].type, f"{source}: {name}")
-        if is_path(name):
+        if is_path(name) or specs[name].metadata["metavar"] == "PATH":
             result[name] = _as_path(result[name], f"{source}: {name}", specs[name].default)
         elif isinstance(result[name], str):
             result[name] = _as_text(result[name], f"{source}: {name}")
@@ -272,8 +272,7 @@ def _unknown(kind: str, names: Sequence[str], known: Sequence[str], others: dict
 
 def is_path(name: str) -> bool:
     """Whether an option's value is the path of a file or folder, by its name."""
-    others = ("config", "resume", "concepts", "init_image")
-    return name.endswith(("_dir", "_path", "_file", "_config")) or name in others
+    return name.endswith(("_dir", "_path", "_file", "_config")) or name in ("config", "resume", "concepts")
 
 
 def home_path(text: str) -> Path:

@@ -77,7 +77,7 @@ def _facts(drawing: Drawing, batch_size: int, origin: Origin, image: File | None
         for name, value in values.items()
         if name in (*ALWAYS, *LEFT_OPEN) or value != getattr(defaults, name)
     }
-    if "config" in used and Path(used["config"]).is_absolute():
+    if "config" in used and Path(used["config"]).parent != Path("configs"):  # of this program
         used["config"] = Path(used["config"]).name
     found = {
         "program": f"{PROGRAM} {PROGRAM_VERSION}",

@@ -216,7 +216,7 @@ class Recorder:
     @contextlib.contextmanager
     def failures(self) -> Iterator[None]:
         """A block whose FloatingPointError says how to continue; where it says that the weights are good,
-        they are saved first.
+        they are saved first. The report says of any error that the run has failed.
         """
         try:
             yield
@@ -226,6 +226,9 @@ class Recorder:
                 self.ranks.wait()  # if one process exits early, the launcher kills the rest
             self._tell("failed", f"failed: {error}")
             raise FloatingPointError(f"{error}; {self.folder.states.advice()}") from None
+        except Exception as error:
+            self._tell("failed", f"failed: {error}")
+            raise
 
     def end(self) -> None:
         """Note that the run is complete, and say how to use what it has made."""

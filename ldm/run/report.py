@@ -13,6 +13,7 @@ import re
 import shlex
 import string
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -109,7 +110,8 @@ class RunReport:
             f"DreamBooth of {options.checkpoint.name}, {what}, "
             f"{'with' if options.train_text_encoder else 'without'} text encoder; {options.image_size} x "
             f"{options.image_size} pixels, {options.precision} on {options.device}; MindSpore "
-            f"{version('mindspore')}, this program {PROGRAM_VERSION}"
+            f"{version('mindspore')}, this program {PROGRAM_VERSION}; written "
+            f"{time.strftime('%Y-%m-%d %H:%M')}"
         )
 
     def _figures(self, reports: Sequence[dict]) -> dict[str, str]:

@@ -92,7 +92,7 @@ def facts_of(path: Path) -> dict:
     """What a grid shows, or nothing."""
     try:
         return json.loads(images.read_texts(path)[OWN])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, SyntaxError):  # the last of Pillow, for a damaged PNG
         return {}
 
 

@@ -67,7 +67,9 @@ def test_it_can_be_looked_at(run, width):
     (folder / "metrics.jsonl").write_text(metrics(1200, skipped=(3, 700)))
     for update in (0, 100, 200):
         grid(folder, update, ["a sks dog", "a <b>dog</b>"], seed=update)
-    written(run, Commands("python draw", "python resume", "python convert 'it'"))
+    _, report = run
+    commands = Commands("python draw", "python resume", "python convert 'it'")
+    report.write("failed", "failed: " + "a long reason and what to do about it, " * 5 + "x" * 60, commands)
     with browser() as opened:
         page, errors = open_page(opened, f"file://{folder / 'report.html'}", width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
