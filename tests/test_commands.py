@@ -39,6 +39,7 @@ def test_training_leaves_what_it_promises(place, trained):
         "dreambooth_epoch_2.ckpt",
         "effective_config.json",
         "metrics.jsonl",
+        "report.html",
         "train.log",
         "checkpoints.sha256",
     }

@@ -30,8 +30,8 @@ def test_training_leaves_the_additions_alone(place, one):
     folder, said = one
     names = {f"dreambooth_lora_epoch_{n}{ending}.safetensors" for n in (1, 2) for ending in ("", "_ema")}
     assert {path.name for path in folder.iterdir()} == names | {
-        "effective_config.json", "metrics.jsonl", "train.log", "checkpoints.sha256", ".lock", "run.json",
-        "states",
+        "effective_config.json", "metrics.jsonl", "report.html", "train.log", "checkpoints.sha256", ".lock",
+        "run.json", "states",
     }  # fmt: skip
     assert (folder / NAME).stat().st_size < (place / "models/base.ckpt").stat().st_size / 20
     assert "LoRA: 40 additions of rank 3" in said
