@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         # what needs NumPy or MindSpore, which a typing error need not wait for
         from ldm.device import log_device
         from ldm.run.compile_cache import CompileCache
-        from ldm.sampling.drawer import Drawer, say_what_is_long, sized
+        from ldm.sampling.drawer import Drawer, say_how_prompts_are_read, sized
         from ldm.weights.choice import open_model, put_on_device
 
         source = open_model(options)
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         output = Path(os.path.abspath(options.output_path))  # a link stays one
         (output / "samples").mkdir(parents=True, exist_ok=True)
         drawer = Drawer(options, source)
-        say_what_is_long(lines, drawer.pipeline)
+        say_how_prompts_are_read(lines, drawer.pipeline)
         batches = drawer.batches(drawings_of(lines, options))
         graphs = CompileCache.open(options.caches_graphs, drawer.graph_facts(batches))
         say_what_comes(options, lines, batches)

@@ -129,7 +129,7 @@ def train(work: Plan, folder: RunFolder, inputs: Inputs, ranks: Ranks, stop: Sto
     trainer = build_trainer(work.model, inputs, options, config, ranks, work.lora, progress.text_stop, start)
     is_alone = options.device == "CPU" and ranks.size == 1
     graphs.restart_if_large(trainer.compile, trainer.bytes_needed, is_alone)
-    recorder = Recorder(folder, trainer, progress, work.origin, work.draws)
+    recorder = Recorder(folder, trainer, progress, work.origin, work.draws, lambda: bool(stop.received))
     recorder.resume(work.start.state)
     if trainer.global_step >= progress.total_updates:
         return recorder.say_that_all_is_done()

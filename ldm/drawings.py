@@ -98,7 +98,10 @@ def _options_in(text: str) -> dict:
     """Flags as a dictionary. Raises ValueError where they are not those of a line."""
     parser = make_parser(SampleOptions)
     parser.error = _refuse
-    known, unknown = parser.parse_known_args(shlex.split(text))
+    words = shlex.split(text)
+    if {"-h", "--help"} & set(words):
+        _refuse("--help is no option of a line")
+    known, unknown = parser.parse_known_args(words)
     given = collect(SampleOptions, vars(known), "option")
     for name in [*(word for word in unknown if word.startswith("-")), *unknown, *given]:
         if name not in OF_A_LINE:

@@ -2,12 +2,14 @@
 `parameters`, and as JSON, from which the command follows that draws it again. Must not import mindspore.
 """
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.config import find_configuration
 from ldm.drawings import Drawing
 from ldm.files import fingerprint, sha256_of
 from ldm.sample_options import SampleOptions
@@ -21,9 +23,9 @@ SAMPLERS_THERE = {
 }  # fmt: skip
 ALWAYS = ("seed", "image_number", "batch_size", "H", "W", "sampler", "sampling_steps", "guidance_scale")
 WHERE_THEY_ACT = (
-    "config", "version", "variant", "use_ema_weights", "zero_terminal_snr", "prompt_weights",
+    "version", "variant", "use_ema_weights", "zero_terminal_snr", "prompt_weights",
     "support_long_prompts", "timestep_spacing", "guidance_rescale", "ddim_eta", "strength", "precision",
-    "device", "flash_attention", "deterministic", "mode",
+    "device", "force_precision", "flash_attention", "deterministic", "mode",
 )  # fmt: skip
 LEFT_OPEN = ("device", "precision")  # auto would do where it is the same, but elsewhere be another
 
@@ -40,7 +42,8 @@ class File:
     def of(cls, path: Path, files: Sequence[Path] = (), weight: float | None = None) -> "File":
         """Of a file; or a folder, of which `files` are read."""
         digest = sha256_of(path) if path.is_file() else fingerprint(files)
-        return cls(path.name, digest, weight)
+        name = path.resolve().name if path.name in ("", "..") else path.name
+        return cls(name.encode(errors="replace").decode(), digest, weight)
 
     def facts(self) -> dict:
         return {"name": self.name, "sha256": self.sha256} | (
@@ -69,16 +72,19 @@ def texts_of(drawing: Drawing, batch_size: int, origin: Origin, mindspore: str) 
 
 
 def _facts(drawing: Drawing, batch_size: int, origin: Origin, image: File | None) -> dict:
-    options, defaults = drawing.options, SampleOptions()
+    options = drawing.options
+    # SD_VERSION is a default of this process alone
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(SampleOptions)}
     values = {name: getattr(options, name) for name in (*ALWAYS, *WHERE_THEY_ACT)}
     values |= {"sampler": options.sampler_name, "image_number": drawing.number, "batch_size": batch_size}
     used = {
         name: value
         for name, value in values.items()
-        if name in (*ALWAYS, *LEFT_OPEN) or value != getattr(defaults, name)
+        if name in (*ALWAYS, *LEFT_OPEN) or value != defaults[name]
     }
-    if "config" in used and Path(used["config"]).parent != Path("configs"):  # of this program
-        used["config"] = Path(used["config"]).name
+    config = None
+    if options.config != "auto":
+        config = File.of(find_configuration(options.config))
     found = {
         "program": f"{PROGRAM} {PROGRAM_VERSION}",
         "prompt": drawing.prompt,
@@ -88,6 +94,7 @@ def _facts(drawing: Drawing, batch_size: int, origin: Origin, image: File | None
         "loras": [its.facts() for its in origin.loras],
         "embeddings": [its.facts() for its in origin.embeddings],
         "init_image": image and image.facts(),
+        "config": config and config.facts(),
     }
     return {name: value for name, value in found.items() if value not in ([], None)}
 
@@ -133,7 +140,7 @@ def files_of(facts: Mapping) -> list[Mapping]:
     """The files that the image follows from: name and sha256 of each."""
     return [
         facts["checkpoint"], *facts.get("loras", []), *facts.get("embeddings", []),
-        *filter(None, [facts.get("init_image")]),
+        *filter(None, [facts.get("init_image"), facts.get("config")]),
     ]  # fmt: skip
 
 
@@ -158,5 +165,7 @@ def command_of(facts: Mapping, found: Mapping[str, Path], program: str = "text_t
             flags += [option, *map(path, facts[name])]
     if facts.get("init_image"):
         flags.append(f"--init_image={path(facts['init_image'])}")
+    if facts.get("config"):
+        flags.append(f"--config={path(facts['config'])}")
     flags += [f"--{name}={value}" for name, value in facts["options"].items()]
     return shlex.join(["python", program, *flags, "--n_iter=1", "--n_samples=1"])

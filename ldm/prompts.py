@@ -26,6 +26,12 @@ MARKS = re.compile(
     r"|[()\[\]:]"
     r"|[^\\()\[\]:]+"
 )
+ONLY_TEXT = {  # of AUTOMATIC1111's language, what is not read
+    "<lora:...> (give --lora_ckpt_path)": re.compile(r"<(lora|lyco|hypernet):"),
+    "[a:b:0.5] (prompt editing)": re.compile(r"(?<!\\)\[[^\[\]]*:[^\[\]]*:?\s*[\d.]+\s*\]"),
+    "[a|b] (alternation)": re.compile(r"(?<!\\)\[[^\[\]]*\|[^\[\]]*\]"),
+    "AND (several prompts)": re.compile(r"\bAND\b"),
+}
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 logger = logging.getLogger(__name__)
 
@@ -106,6 +112,11 @@ def _joined(texts: Sequence[str], weights: Sequence[float | None]) -> list[Piece
     return found
 
 
+def what_is_only_text(prompt: str) -> list[str]:
+    """Of AUTOMATIC1111's language, what a prompt has that is not read here."""
+    return [name for name, found in ONLY_TEXT.items() if found.search(prompt)]
+
+
 @dataclass(frozen=True)
 class PromptSyntax:
     """How prompts are read.
@@ -121,6 +132,8 @@ class PromptSyntax:
     def chunks(self, prompt: str, tokenizer: Tokenizer) -> list[Chunk]:
         """At least one. A warning quotes what was cut, once for each prompt."""
         pieces = parse_weights(prompt) if self.has_weights else [Piece(prompt)]
+        if not self.is_long:  # BREAK is no more than a space then
+            pieces = [piece for piece in pieces if piece.weight is not None]
         room = tokenizer.context_length - 2
         room, backtrack = tokenizer.context_length - 2, BACKTRACK if self.is_long else 0
         tokens = split_tokens([(tokenizer.encode(text), weight) for text, weight in pieces], room, backtrack)

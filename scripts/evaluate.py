@@ -44,6 +44,9 @@ class EvaluateOptions:
     base_path: str | None = option(
         None, "what", "the model that they are LoRA of, where they are LoRA [no]", metavar="PATH"
     )
+    zero_terminal_snr: bool = option(
+        False, "what", "the LoRA were trained with it; whole models of a run say so themselves"
+    )
     instance_data_dir: str | None = option(None, "what", "the images of the subject [required]")
     subject: str | None = option(None, "what", 'what prompts call it: "sks dog" [required]')
     class_word: str | None = option(None, "what", 'and without the rare word: "dog" [required]')
@@ -63,9 +66,7 @@ class EvaluateOptions:
         choices=("transformers", "original"),
     )  # fmt: skip
     n_samples: int = option(4, "drawing", "images per prompt", least=1)
-    prior_images: int = option(
-        20, "drawing", "images of the class, for PRES and DIV; 0: neither of them", least=0
-    )
+    prior_images: int = option(20, "drawing", "images of the class, for PRES; 0: no PRES", least=0)
     sampler: str = option("ddim", "drawing", "how to sample", choices=SAMPLER_NAMES)
     sampling_steps: int = option(50, "drawing", "denoising steps", aliases=("--steps",), least=1, most=1000)
     guidance_scale: float = option(
@@ -108,12 +109,24 @@ def main(argv: list[str] | None = None) -> None:
 
         clip, dino = ClipJudge(Path(options.clip)), DinoJudge(Path(options.dino), options.dino_preprocessing)
         judges = clip, dino, load_lpips(Path(options.alexnet)) if options.alexnet else None
+        require_own(Path(options.output_path))
         artist, results = Artist(options), {}
         for case in options.cases():
             drawn = {label: artist.draw(case, label, path) for label, path in case.checkpoints.items()}
             results[case.name] = judge(case, drawn, options, *judges)
             save_sheet(case, drawn, Path(options.output_path) / f"{case.name}.png")
         write_results(options, results)
+
+
+def require_own(output: Path) -> None:
+    """Raises ConfigError where what this command is to write would take the place of something else."""
+    path = output / "results.json"
+    try:
+        is_own = not path.exists() or "subjects" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        is_own = False
+    if not is_own or ((output / "table.md").exists() and not path.exists()):
+        raise ConfigError(f"output_path {output}: has a results.json or table.md of another kind")
 
 
 class Artist:
@@ -135,7 +148,8 @@ class Artist:
         folder.mkdir(parents=True, exist_ok=True)
         found, missing = {}, []
         rows = [
-            (template, template.format(case.subject), self.options.n_samples) for template in case.prompts
+            (template, template.replace("{}", case.subject), self.options.n_samples)
+            for template in case.prompts
         ]
         rows += [("", f"a photo of a {case.class_word}", self.options.prior_images)]
         for number, (template, prompt, count) in enumerate(rows, 1):
@@ -149,15 +163,19 @@ class Artist:
 
     def _open(self, checkpoint: Path):
         """The model with a checkpoint's weights."""
+        from ldm.run.checkpoints import embedding_beside
         from ldm.sample_options import SampleOptions
         from ldm.sampling.drawer import Drawer
         from ldm.weights.choice import open_model, put_on_device
 
         options, names = self.options, ("sampler", "sampling_steps", "guidance_scale", "seed", "config")
-        shared = {name: getattr(options, name) for name in (*names, "batch_size", "device", "precision")}
+        names += ("batch_size", "device", "precision", "zero_terminal_snr")
+        shared = {name: getattr(options, name) for name in names}
         files = {"ckpt_path": str(checkpoint)}
         if options.base_path:
             files = {"ckpt_path": options.base_path, "lora_ckpt_path": (str(checkpoint),)}
+            if (word := embedding_beside(checkpoint)).is_file():  # of --train_token
+                files["embedding_path"] = (str(word),)
         sampling = SampleOptions(**shared, **files, n_samples=options.n_samples, n_iter=1)
         source = open_model(sampling)
         sampling, source = put_on_device(sampling, source)
@@ -179,13 +197,11 @@ class Artist:
                     f"{path}: was drawn in another way than this command says: give another output_path"
                 )
         logger.info("%s: %d of %d images to be drawn", what, len(missing), len(wanted))
-        size = self.options.batch_size
+        paths = iter([path for _, path in missing])
         with progress_bar(what)(len(missing)) as bar:
-            for start in range(0, len(missing), size):
-                batch = missing[start : start + size]
-                arrays = self.drawer.draw([drawing for drawing, _ in batch])
-                for (drawing, path), array in zip(batch, arrays):
-                    save_image(array, path, self.drawer.texts(drawing))
+            for batch in self.drawer.batches([drawing for drawing, _ in missing]):
+                for drawing, array in zip(batch, self.drawer.draw(batch)):
+                    save_image(array, next(paths), self.drawer.texts(drawing))
                     bar.update()
 
 
@@ -207,7 +223,7 @@ def judge(case, drawn: dict, options: EvaluateOptions, clip, dino, lpips) -> dic
 
     real = [read_image(path) for path in list_images(case.folder)]
     real_clip, real_dino = clip.images(real), dino.images(real)
-    without_word = [template.format(case.class_word) for template in case.prompts]
+    without_word = [template.replace("{}", case.class_word) for template in case.prompts]
     texts = dict(zip(case.prompts, clip.texts(without_word)))
     found = {"real images": {"dino": protocol.among(real_dino), "clip_i": protocol.among(real_clip)}}
     for label, images in drawn.items():
@@ -220,12 +236,12 @@ def judge(case, drawn: dict, options: EvaluateOptions, clip, dino, lpips) -> dic
                 "clip_i": protocol.similarity(vectors, real_clip),
                 "clip_t": protocol.similarity(vectors, texts[template][None]),
             }
+            if lpips and len(opened) > 1:
+                by_prompt[template]["div"] = diversity(opened, lpips)
         found[label] = protocol.mean_of(list(by_prompt.values())) | {"prompts": by_prompt}
         if images[""]:
             opened = [read_image(path) for path in images[""]]
             found[label]["pres"] = protocol.similarity(dino.images(opened), real_dino)
-            if lpips and len(opened) > 1:
-                found[label]["div"] = diversity(opened, lpips)
     return found
 
 
@@ -256,7 +272,7 @@ def save_sheet(case, drawn: dict, path: Path) -> None:
     rows = [row(case.subject, list_images(case.folder)[:6])]
     labels = ", ".join(drawn)
     for template in case.prompts:
-        caption = template.format(case.subject)
+        caption = template.replace("{}", case.subject)
         rows.append(row(caption, [found[template][0] for found in drawn.values()]))
     width = max(its.shape[1] for its in rows)
     padded = [np.pad(its, ((0, 0), (0, width - its.shape[1]), (0, 0)), constant_values=255) for its in rows]
@@ -271,19 +287,14 @@ def write_results(options: EvaluateOptions, results: dict) -> None:
     from ldm.evaluation import protocol
     from ldm.files import write_text
 
-    labels = [label for label in next(iter(results.values()))]
-    rows = {
-        label: protocol.mean_of([its[label] for its in results.values() if label in its])
-        for label in labels
-        if all(label in its for its in results.values())
-    }
+    rows = protocol.rows_of(results)
     own = [label for label in rows if label != "real images"]
     paper = {f"the paper: {label}": its for label, its in protocol.PAPER.items()}
     text = protocol.table(rows | paper, own)
     output = Path(options.output_path)
     settings = {name: value for name, value in asdict(options).items() if name != "output_path"}
     content = {"settings": settings, "subjects": results, "mean": rows, "paper": protocol.PAPER}
-    write_text(output / "results.json", json.dumps(content, indent=2) + "\n")
+    write_text(output / "results.json", json.dumps(protocol.finite(content), indent=2) + "\n")
     write_text(output / "table.md", text + "\n")
     print(text)
     subjects = f"{len(results)} subject{'s' if len(results) > 1 else ''}"

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,18 @@ class PageOptions(SampleOptions):
 
     EXAMPLE: ClassVar[str] = "python scripts/page.py --ckpt_path=output/my_dog/dreambooth_epoch_8.ckpt"
 
+    UNUSED: ClassVar[tuple[str, ...]] = (
+        "data_path", "negative_data_path", "n_iter", "n_samples", "batch_size", "image_number", "fixed_code",
+        "n_rows", "skip_grid", "skip_save", "output_format", "init_image",
+    )  # fmt: skip
+
     port: int = option(7860, "page", "of 127.0.0.1, where it is served", least=1, most=65535)
+
+    def check(self) -> None:
+        super().check()
+        for name in self.UNUSED:
+            if getattr(self, name) != getattr(SampleOptions, name):
+                raise ConfigError(f"{name} does not act on the page: leave it out")
 
 
 class Painter:
@@ -44,7 +55,8 @@ class Painter:
 
     def __init__(self, options: PageOptions) -> None:
         self.options = options
-        self.loras = {Path(its.rpartition(":")[0] or its).stem: its for its in options.loras}
+        self.loras = named_loras(options.loras)
+        self.chosen = next(((name, weight) for name, (_, weight) in self.loras.items()), (NO_LORA, 1.0))
         self.folder = Path(os.path.abspath(options.output_path)) / "samples"
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self.thread.submit(self._open).result()
@@ -53,7 +65,15 @@ class Painter:
         from ldm.sampling.drawer import Drawer
         from ldm.weights.choice import open_model, put_on_device
 
-        alone = dataclasses.replace(self.options, lora_ckpt_path=None, n_samples=1, n_iter=1, batch_size=1)
+        alone = dataclasses.replace(
+            self.options,
+            lora_ckpt_path=None,
+            use_lora=None,
+            lora_rank=None,
+            n_samples=1,
+            n_iter=1,
+            batch_size=1,
+        )
         source = open_model(alone)
         self.options, self.source = put_on_device(alone, source)
         self.drawer = Drawer(self.options, self.source)
@@ -87,11 +107,7 @@ class Painter:
         return path, self._command(texts)
 
     def _take_lora(self, name: str, weight: float) -> None:
-        wanted = None
-        if name != NO_LORA:
-            file = self.loras[name]
-            path = file if Path(file).exists() else file.rpartition(":")[0]
-            wanted = (f"{path}:{weight:g}",)
+        wanted = None if name == NO_LORA else (f"{self.loras[name][0]}:{weight:g}",)
         if wanted != self.drawer.options.lora_ckpt_path:
             self.drawer.load(dataclasses.replace(self.options, lora_ckpt_path=wanted), self.source)
 
@@ -114,6 +130,19 @@ def _path_of(lora: str) -> str:
     from ldm.weights.lora_merge import split_weight
 
     return str(split_weight(lora)[0])
+
+
+def named_loras(given: Sequence[str]) -> dict[str, tuple[Path, float]]:
+    """LoRA files with their weights, by names that tell them apart."""
+    from ldm.weights.lora_merge import split_weight
+
+    found = [split_weight(its) for its in given]
+    stems = [path.stem for path, _ in found]
+    names = [
+        stem if stems.count(stem) == 1 else f"{path.absolute().parent.name}/{stem}"
+        for (path, _), stem in zip(found, stems)
+    ]
+    return dict(zip(names, found))
 
 
 def make_page(painter: Painter):
@@ -146,9 +175,9 @@ def make_page(painter: Painter):
                 )
                 with gr.Group(visible=bool(painter.loras)):
                     fields["lora"] = gr.Dropdown(
-                        [NO_LORA, *painter.loras], value=NO_LORA, label="LoRA", elem_id="lora"
+                        [NO_LORA, *painter.loras], value=painter.chosen[0], label="LoRA", elem_id="lora"
                     )
-                    fields["lora_weight"] = gr.Slider(-1, 2, 1.0, step=0.05, label="Weight")
+                    fields["lora_weight"] = gr.Slider(-1, 2, painter.chosen[1], step=0.05, label="Weight")
             with gr.Column(scale=2, min_width=300):
                 gallery = gr.Gallery(
                     label=f"{side} x {side}, in {options.output_path}/samples", columns=3, height=600,
@@ -162,7 +191,7 @@ def make_page(painter: Painter):
 
         def draw(values: dict, progress=bar):
             given = {name: values[field] for name, field in fields.items()}
-            given |= {name: int(given[name]) for name in whole}
+            given |= {name: int(given[name] or 0) for name in whole}
             count, found, done = given.pop("count"), [], 0
 
             def on_step() -> None:
@@ -173,7 +202,7 @@ def make_page(painter: Painter):
             for number in range(count):
                 try:
                     path, command = painter(on_step, image_number=number, **given)
-                except (ValueError, FloatingPointError, OSError) as error:
+                except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
                     raise gr.Error(str(error), duration=None) from None
                 found.append(str(path))
                 yield found, command

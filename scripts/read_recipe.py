@@ -9,6 +9,7 @@ given. Where one is not found the command has its name, and a line on standard e
 """
 
 import argparse
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -81,23 +82,30 @@ def say(line: str) -> None:
 
 
 def places_around(image: Path, given: Sequence[Path]) -> Iterator[Path]:
-    folders = [*given, ROOT / "models", Path.cwd(), *itertools.islice(image.parents, AROUND)]
-    for folder in folders:
+    own = ROOT / "models", ROOT / "configs"
+    for folder in (*given, *own, Path.cwd(), *itertools.islice(image.parents, AROUND)):
         yield folder
         if folder not in (Path.home(), Path("/")):
-            below = (*folder.glob("*"), *folder.glob("*/samples"))
-            yield from sorted(path for path in below if path.is_dir())
+            with contextlib.suppress(OSError):  # a neighbour's
+                below = (*folder.glob("*"), *folder.glob("*/samples"))
+                yield from sorted(path for path in below if path.is_dir())
 
 
 def find(file: dict, folders: Iterator[Path]) -> Path | None:
-    """The file of that name and content; of a folder, which has no digest of its own, that of the name."""
-    from ldm.files import sha256_of
-
+    """The file, or the folder of diffusers, of that name and content."""
     for folder in folders:
         path = folder / file["name"]
-        if path.is_dir() or (path.is_file() and sha256_of(path) == file["sha256"]):
-            return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        with contextlib.suppress(OSError, ValueError):
+            if path.exists() and digest_of(path) == file["sha256"]:
+                return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     return None
+
+
+def digest_of(path: Path) -> str:
+    from ldm.image_metadata import File
+    from ldm.weights.source import open_weights
+
+    return File.of(path, open_weights(path).files if path.is_dir() else ()).sha256
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def test_a_line_has_options_of_its_own(tmp_path, options):
 @pytest.mark.parametrize("line, wanted", [
     ("a dog --sede 5", "--sede is no option of a line; did you mean --seed?; these are: --negative_prompt,"),
     ("a dog --ckpt_path=x", "ckpt_path is no option of a line"), ("a dog --seed", "expected one argument"),
+    ("a dog --help", "--help is no option of a line"),
     ("a dog --seed 5 6", "6 is no option of a line"), ("a dog --seed x", "seed must be a whole number"),
     ("a dog --steps 0", "sampling_steps must be 1 or more"), ('a dog --negative "x', "No closing quotation"),
     ("a dog --ddim_eta 1", "ddim_eta 1 acts with the ddim sampler only"),

@@ -34,7 +34,7 @@ def page(place):
     address = f"http://127.0.0.1:{(port := free_port())}"
     arguments = [
         sys.executable, str(ROOT / "scripts/page.py"), f"--port={port}", "--ckpt_path=models/base.ckpt",
-        "--config=model.yaml", "--lora_ckpt_path=out/dreambooth_lora_epoch_1.safetensors", "--steps=3",
+        "--config=model.yaml", "--lora_ckpt_path=out/dreambooth_lora_epoch_1.safetensors:0.8", "--steps=3",
         "--prompt=a sks dog", "--output_path=painted",
     ]  # fmt: skip
     process = subprocess.Popen(
@@ -57,14 +57,15 @@ def test_a_picture_appears_and_is_that_of_the_command(place, page):
         shown.click("#draw")
         shown.wait_for_selector("#gallery img", timeout=100_000)
         shown.wait_for_function("document.querySelector('#recipe textarea').value != ''")
-        plain = shown.input_value("#recipe textarea")
+        with_lora = shown.input_value("#recipe textarea")  # the first one is chosen, with its weight
+        assert "dreambooth_lora_epoch_1.safetensors:0.8" in with_lora
         shown.click("#lora input")
-        shown.click("text=dreambooth_lora_epoch_1")
+        shown.get_by_role("option", name="none").click()
         shown.click("#draw")
-        shown.wait_for_function("document.querySelector('#recipe textarea').value.includes('lora')")
-        with_lora = shown.input_value("#recipe textarea")
+        shown.wait_for_function("!document.querySelector('#recipe textarea').value.includes('lora')")
+        plain = shown.input_value("#recipe textarea")
         assert not errors, errors
-    for number, command in enumerate((plain, with_lora)):
+    for number, command in enumerate((with_lora, plain)):
         words = shlex.split(command)
         assert words[0] == "python" and "--prompt=a (sks:1.2) dog's house" in words
         output = f"--output_path=by_command_{number}"

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from ldm.prompts import COMMA, PromptSyntax, parse_weights, split_tokens, weigh
+from ldm.prompts import COMMA, PromptSyntax, parse_weights, split_tokens, weigh, what_is_only_text
 from ldm.tokenizer import Tokenizer
 from ldm.values import ConfigError
 
@@ -103,6 +103,17 @@ def test_what_is_neither_weighed_nor_long_is_what_the_tokenizer_says(caplog):
         (chunk,) = PromptSyntax().chunks(prompt, tokenizer)
         assert np.array_equal(chunk.token_ids, tokenizer([prompt])[0]) and (chunk.weights == 1).all()
     assert caplog.text.count("the prompt has 81 tokens, 75 fit") == 1
+
+
+def test_what_is_only_text_is_named():
+    found = what_is_only_text("a <lora:x:0.8> [cat:dog:0.5] AND [a|b]")
+    assert [name.split(" ")[0] for name in found] == ["<lora:...>", "[a:b:0.5]", "[a|b]", "AND"]
+    assert not what_is_only_text("a (cat:1.2) [dog] and \\[a|b\\] 3:4")
+
+
+def test_break_is_a_space_where_prompts_are_not_long():
+    (chunk,) = PromptSyntax(True, False).chunks("a BREAK (cat:1.5)", tokenizer := Tokenizer())
+    assert np.array_equal(chunk.token_ids, tokenizer(["a cat"])[0]) and chunk.weights[2] == 1.5
 
 
 def test_weights_restore_the_mean(caplog):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm.config import read_mapping
+from ldm.image_files import list_images
 from ldm.text_files import read_lines
 from ldm.values import ConfigError, absent, nearest
 
@@ -72,17 +73,22 @@ def case_of(values: Mapping, program: Path, where: str) -> Case:
         if not values.get(key):
             raise ConfigError(f"{where}: {key} is missing")
     folder, class_word, subject = Path(values["instance_data_dir"]), values["class_word"], values["subject"]
+    name = values.get("name") or folder.resolve().name
+    if not name or "/" in name or name.startswith("."):
+        raise ConfigError(f"{where}: name must be one to call a folder by, got {name!r}")
     if class_word not in subject:
         raise ConfigError(f"{where}: subject {subject!r} must have the class_word {class_word!r} in it")
     if not folder.is_dir():
         raise ConfigError(f"{where}: instance_data_dir {folder}: {absent(folder, 'no such folder')}")
+    if not list_images(folder):
+        raise ConfigError(f"{where}: instance_data_dir {folder}: no images found")
     given = values["ckpt_path"]
     paths = [Path(path) for path in ([given] if isinstance(given, str) else given)]
     for path in paths:
         if not path.exists():
             raise ConfigError(f"{where}: ckpt_path {path}: {absent(path)}")
     templates = read_templates(str(values.get("prompts") or "objects"), program)
-    return Case(values.get("name") or folder.name, folder, subject, class_word, templates, labels_of(paths))
+    return Case(name, folder, subject, class_word, templates, labels_of(paths))
 
 
 def read_cases(path: Path, program: Path) -> list[Case]:
@@ -98,7 +104,9 @@ def read_cases(path: Path, program: Path) -> list[Case]:
 
 def labels_of(paths: Sequence[Path]) -> dict[str, Path]:
     """A short name for each: the file's, with its folder's before it where files of several have one."""
-    stems = [path.stem for path in paths]
+    stems = [path.name.removesuffix(".ckpt").removesuffix(".safetensors") for path in paths]
+    if len(set(stems)) < len(stems) and len({path.name for path in paths}) == len(paths):
+        stems = [path.name for path in paths]
     labels = [
         stem if stems.count(stem) == 1 else f"{path.absolute().parent.name}_{stem}"
         for path, stem in zip(paths, stems)
@@ -130,6 +138,31 @@ def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Of each score that all rows have."""
     shared = [name for name in SCORES if rows and all(name in row for row in rows)]
     return {name: float(np.mean([row[name] for row in rows])) for name in shared}
+
+
+def rows_of(results: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
+    """Means over subjects, of their own images and of each checkpoint; checkpoints of other names belong
+    together by their places.
+    """
+    places: dict[int, list[tuple[str, dict]]] = {}
+    for of_subject in results.values():
+        for place, pair in enumerate(of_subject.items()):
+            places.setdefault(place, []).append(pair)
+    found = {}
+    for place, pairs in places.items():
+        if len(pairs) == len(results):
+            names = {label for label, _ in pairs}
+            found[names.pop() if len(names) == 1 else f"checkpoint {place}"] = mean_of(
+                [its for _, its in pairs]
+            )
+    return found
+
+
+def finite(values):
+    """As JSON has it: what is not a number is null."""
+    if isinstance(values, Mapping):
+        return {name: finite(its) for name, its in values.items()}
+    return None if isinstance(values, float) and values != values else values
 
 
 def table(rows: Mapping[str, Mapping[str, float]], marked: Sequence[str] = ()) -> str:

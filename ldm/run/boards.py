@@ -21,7 +21,7 @@ class Boards:
     def __init__(self, folder: Path, global_step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=global_step + 1 if global_step else None)
+        self.writer = SummaryWriter(str(folder), purge_step=global_step + 1)
 
     def write(self, report: Mapping[str, float]) -> None:
         for name, tag in NAMES.items():

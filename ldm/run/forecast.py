@@ -128,9 +128,12 @@ class Forecast:
             times.insert(
                 0, f"class images about {duration(sum(missing) / self.ranks.size * self.seconds_per_image())}"
             )
-        if options.validation_prompt and options.validation_every:
+        if options.validation_prompt:
             count = len(options.validation_prompt) * options.validation_images
-            count *= 1 + to_come // options.validation_every
+            if options.validation_every:
+                count *= 1 + -(-to_come // options.validation_every)
+            else:
+                count *= 1 + progress.checkpoints_to_come(self.done)
             times.append(f"validation images about {duration(count * self.seconds_per_image())}")
         of = f"on {self._measured().machine}; compiling takes a minute or two more"
         found.append(("time", f"{', '.join(times)} {of}"))

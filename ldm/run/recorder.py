@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -56,15 +56,18 @@ class Recorder:
     Args:
         origin: what the run is made of, see ldm/run/recipe.py.
         draws: makes validation images, where they are wanted.
+        is_stopping: whether a signal wants the run to stop, as far as this process knows.
     """
 
     def __init__(
         self, folder: RunFolder, trainer: Trained, progress: Counting, origin: dict,
-        draws: Draws | None = None,
+        draws: Draws | None = None, is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         self.folder, self.checkpoints, self.trainer = folder, folder.checkpoints, trainer
         self.progress, self.origin, self.options, self.ranks = progress, origin, folder.options, folder.ranks
-        self.validation = Validation(folder.path, self.options, draws if self.ranks.is_first else None)
+        self.validation = Validation(
+            folder.path, self.options, draws if self.ranks.is_first else None, is_stopping
+        )
         self.boards: Boards | None = None
         self.report: RunReport | None = None  # of the first process
 
@@ -127,7 +130,7 @@ class Recorder:
 
     def _commands(self) -> Commands:
         checkpoints, options = self.checkpoints, self.options
-        resume = command_to_resume() if self.folder.states.paths() else None
+        resume = command_to_resume(self.ranks.size) if self.folder.states.paths() else None
         if not (path := checkpoints.newest()):
             return Commands(resume=resume)
         whole = (

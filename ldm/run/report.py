@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from ldm.versions import PROGRAM_VERSION
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MOST_PICTURES, PICTURE_SIDE = 24, 256  # of the subjects' images, and the side of what is shown of one
+MARK = '<meta name="generator" content="dreambooth-mindspore">'  # of a report
 LARGEST = 3_500_000  # bytes of validation images, as text
 MOST_GRIDS, SMALLEST_SIDE = 40, 64  # of those; the side of one image, where they must become small
 MOST_WARNINGS = 20
@@ -49,9 +51,10 @@ class Commands:
     convert: str | None = None
 
 
-def command_to_resume() -> str:
-    words = [word for word in sys.argv if not word.startswith("--resume")]
-    return f"python {shlex.join([*words, '--resume=latest'])}"
+def command_to_resume(processes: int) -> str:
+    if processes > 1:
+        return f"# as you started these {processes} processes, and with --resume=latest"
+    return f"python {shlex.join([*sys.argv, '--resume=latest'])}"  # the last of several counts
 
 
 class RunReport:
@@ -78,8 +81,12 @@ class RunReport:
         Args:
             state: running, stopped, failed or complete; `said` is the same in words.
         """
+        path = self.folder / "report.html"
         try:
-            write_text(self.folder / "report.html", self.text(state, said, commands))
+            if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+                raise ValueError("a file of that name is there, and is no report")
+            text = self.text(state, said, commands)
+            write_text(path, text.encode(errors="replace").decode())
         except (OSError, ValueError) as error:
             logger.warning("report.html could not be written: %s", error)
 
@@ -161,7 +168,9 @@ class RunReport:
 
     def _grids(self) -> list[dict]:
         """The validation images: for each update its label, and for each prompt an image as a URL."""
-        there = list(grids_in(self.folder / "validation"))
+        every = [(update, path, facts_of(path)) for update, path in grids_in(self.folder / "validation")]
+        # of a start with other prompts nothing
+        there = [its[:2] for its in every if its[2]["prompts"] == every[-1][2]["prompts"]]
         if len(there) > MOST_GRIDS:
             kept = np.unique(np.linspace(0, len(there) - 1, MOST_GRIDS).round().astype(int))
             there = [there[place] for place in kept]
@@ -177,6 +186,7 @@ class RunReport:
                 there = [*there[:-1:2], there[-1]]
 
 
+@lru_cache(maxsize=4 * MOST_GRIDS)
 def _grid(update: int, path: Path, side: int) -> dict:
     facts, grid = facts_of(path), np.asarray(read_image(path))
     columns = facts["images"]

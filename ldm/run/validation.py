@@ -5,7 +5,8 @@ row for each prompt.
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +23,11 @@ logger = logging.getLogger(__name__)
 class Draws(Protocol):
     """ldm.training.validation.ValidationImages, which explains the method."""
 
-    def draw(self, trainer) -> np.ndarray: ...
+    def draw(self, trainer, on_step: Callable[[], None]) -> np.ndarray: ...
+
+
+class _Abandoned(Exception):
+    """The run is to stop."""
 
 
 class Validation:
@@ -30,19 +35,30 @@ class Validation:
 
     Args:
         draws: makes the images; None: there are none to make, here or at all.
+        is_stopping: whether the run is to stop: it does not wait for images then.
     """
 
-    def __init__(self, folder: Path, options: TrainOptions, draws: Draws | None) -> None:
+    def __init__(
+        self, folder: Path, options: TrainOptions, draws: Draws | None,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         self.folder, self.options, self.draws = folder / "validation", options, draws
+        self.is_stopping = is_stopping
+
+    def _go_on(self) -> None:
+        if self.is_stopping():
+            raise _Abandoned
 
     def path(self, update: int) -> Path:
         return self.folder / f"step_{update:06d}.png"
 
     def begin(self, global_step: int) -> None:
-        """Remove what an earlier start drew after this update: its course is abandoned."""
+        """Remove what an earlier start drew after this update: its course is abandoned. At the beginning that
+        is all of it, the base model's images, too, for that may be another.
+        """
         if self.draws:
             for update, path in grids_in(self.folder):
-                if update > global_step:
+                if update > global_step or not global_step:
                     path.unlink()
 
     def is_due(self, update: int, has_checkpoint: bool, is_last: bool) -> bool:
@@ -57,9 +73,12 @@ class Validation:
         if not self.draws or self.path(update).exists():
             return None
         try:
-            drawn = self.draws.draw(trainer)
+            drawn = self.draws.draw(trainer, self._go_on)
             grid = images.grid(drawn.reshape(-1, *drawn.shape[2:]), columns=drawn.shape[1])
             images.save_image(grid, self.path(update), {OWN: json.dumps(self._facts(update))})
+        except _Abandoned:
+            logger.info("no validation images of update %d: the run stops", update)
+            return None
         except (FloatingPointError, OSError) as error:
             logger.warning("no validation images of update %d: %s", update, error)
             return None
@@ -89,7 +108,12 @@ def grids_in(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def facts_of(path: Path) -> dict:
-    """What a grid shows, or nothing."""
+    """What a grid shows, or nothing. Of a file that has not changed since it is read once only."""
+    return _facts_of(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _facts_of(path: Path, _: int) -> dict:
     try:
         return json.loads(images.read_texts(path)[OWN])
     except (OSError, ValueError, KeyError, SyntaxError):  # the last of Pillow, for a damaged PNG

@@ -16,7 +16,7 @@ from ldm.drawings import Drawing, Line, batches_of
 from ldm.image_files import read_image
 from ldm.image_metadata import File, Origin, texts_of
 from ldm.networks.latent_diffusion import build_model
-from ldm.prompts import PromptSyntax
+from ldm.prompts import PromptSyntax, what_is_only_text
 from ldm.sample_options import SampleOptions
 from ldm.sampling.prediction import check_prediction
 from ldm.sampling.text_to_image import Sampling, TextToImage
@@ -61,12 +61,12 @@ class Drawer:
 
     def load(self, options: SampleOptions, source: Source) -> None:
         """Take other weights of the same configuration, or other LoRA: what is compiled stays so."""
-        self.options, self.source = options, source
         words = dict(read_embedding(path, source.config.text_encoder.width) for path in options.embeddings)
         added = read_loras(options.loras, self.model.parameter_shapes(), source.config, options.lora_rank)
         load_checkpoint(self.model, source, options.use_ema_weights, added)
         put_embeddings(self.model.cond_stage_model.transformer.embedding_table, words)
         check_prediction(self.model, source)
+        self.options, self.source = options, source  # all of it is there
         self._origin: Future[Origin] = Future()
         self._notes = not (options.no_metadata or options.skip_save)
         if self._notes:
@@ -151,9 +151,11 @@ def image_of(options: SampleOptions) -> np.ndarray | None:
     return images.cover(read_image(Path(options.init_image)), options.H, options.W)
 
 
-def say_what_is_long(lines: Sequence[Line], pipeline: TextToImage) -> None:
-    """Log which prompts are read in parts."""
+def say_how_prompts_are_read(lines: Sequence[Line], pipeline: TextToImage) -> None:
+    """Log which prompts are read in parts, and what in them is only text here."""
     for line in lines:
+        if pipeline.syntax.has_weights and (found := what_is_only_text(line.prompt)):
+            logger.warning("a prompt has %s, which is drawn as text: %.60s", ", ".join(found), line.prompt)
         if (count := pipeline.chunk_count([line.prompt])) > 1:
             text = "a prompt is read in %d parts of 75 tokens (--support_long_prompts): %.60s..."
             logger.info(text, count, line.prompt)

@@ -73,7 +73,7 @@ class ValidationImages:
             for start in range(0, len(rows), self.batch_size):
                 yield rows[start : start + self.batch_size]
 
-    def draw(self, trainer: Averaging) -> np.ndarray:
+    def draw(self, trainer: Averaging, on_step: Callable[[], None] = lambda: None) -> np.ndarray:
         """(P, K, H, W, 3) uint8: K images of each prompt, with averaged weights where there are any. The
         training goes on afterwards as if nothing had been. Raises FloatingPointError as TextToImage does.
         """
@@ -85,15 +85,15 @@ class ValidationImages:
                 stack.enter_context(not_in_training(network))
             stack.enter_context(self.bring_back(self.vae))
             for rows in self.batches():
-                drawn |= zip(rows, self._draw(rows))
+                drawn |= zip(rows, self._draw(rows, on_step))
         images = np.stack([drawn[row] for row in sorted(drawn)])
         return images.reshape(len(self.prompts), self.count, *images.shape[1:])
 
-    def _draw(self, rows: list[tuple[int, int]]) -> np.ndarray:
+    def _draw(self, rows: list[tuple[int, int]], on_step: Callable[[], None]) -> np.ndarray:
         padded = rows + [rows[-1]] * (self.batch_size - len(rows))  # one shape, one graph
         prompts = [self.prompts[place] for place, _ in padded]
         seeds = [(self.seed, number) for _, number in padded]
-        return self.pipeline(prompts, [""] * len(padded), seeds, self.settings)
+        return self.pipeline(prompts, [""] * len(padded), seeds, self.settings, on_step)
 
 
 class Remembered:

@@ -35,15 +35,30 @@ def test_similarities():
     ]  # fmt: skip
 
 
+def test_rows_and_labels(tmp_path):
+    results = {
+        "dog": {"real images": {"dino": 0.7}, "epoch_6": {"dino": 0.5}},
+        "cat": {"real images": {"dino": 0.9}, "epoch_8": {"dino": 0.7}},
+    }
+    assert protocol.rows_of(results) == {"real images": {"dino": 0.8}, "checkpoint 1": {"dino": 0.6}}
+    assert protocol.finite({"a": {"b": float("nan"), "c": 1.0}}) == {"a": {"b": None, "c": 1.0}}
+    names = ["x_v1.4", "x_v1.5", "a/y.ckpt", "b/y.ckpt"]
+    assert list(protocol.labels_of([tmp_path / name for name in names])) == ["x_v1.4", "x_v1.5", "a_y", "b_y"]
+    both = [tmp_path / "e.ckpt", tmp_path / "e.safetensors"]
+    assert list(protocol.labels_of(both)) == ["e.ckpt", "e.safetensors"]
+
+
 @pytest.mark.parametrize("change, wanted", [
     ({"subject": ""}, "here: subject is missing"),
     ({"sujbect": "x"}, "unknown key sujbect; did you mean subject?"),
     ({"class_word": "cat"}, "subject 'sks dog' must have the class_word 'cat' in it"),
     ({"ckpt_path": ["none.ckpt"]}, "ckpt_path none.ckpt: no such file"),
+    ({"name": "../x"}, "name must be one to call a folder by"),
     ({"prompts": "none.txt"}, "prompts must be objects, living or a file, got none.txt"),
 ])  # fmt: skip
 def test_mistakes_in_a_case(tmp_path, change, wanted):
     (tmp_path / "a.ckpt").touch()
+    write_pictures(tmp_path, 1)
     good = {"instance_data_dir": str(tmp_path), "subject": "sks dog", "class_word": "dog"}
     good |= {"ckpt_path": [str(tmp_path / "a.ckpt")]}
     assert protocol.case_of(good, ROOT, "here").checkpoints == {"a": tmp_path / "a.ckpt"}

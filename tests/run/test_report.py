@@ -125,9 +125,13 @@ def test_it_is_made_of_what_there_is(run):
     (folder / "train.log").unlink()
     next(folder.parent.glob("dog/*")).unlink()
     assert "No validation images" in written(run)
-    (folder / "report.html").unlink()
-    (folder / "report.html").mkdir()
+    (folder / "report.html").write_text("the user's own")
     report.write("running", "1", Commands())  # a warning, and the training goes on
+    assert (folder / "report.html").read_text() == "the user's own"
+    grid(folder, 100, ["old"])
+    grid(folder, 200, ["new"])
+    (folder / "report.html").unlink()
+    assert "update 100" not in written(run) and "update 200" in written(run)
 
 
 def test_options_and_reports(run):
@@ -153,7 +157,8 @@ class Draws:
     def __init__(self) -> None:
         self.fails: Exception | None = None
 
-    def draw(self, trainer) -> np.ndarray:
+    def draw(self, trainer, on_step) -> np.ndarray:
+        on_step()
         if self.fails:
             raise self.fails
         return np.zeros((2, 4, 8, 8, 3), np.uint8)
@@ -178,7 +183,14 @@ def test_when_images_are_drawn_and_where_they_go(tmp_path, caplog):
     validation.begin(20)
     assert [update for update, _ in grids_in(tmp_path / "validation")] == [20]
     assert (tmp_path / "validation/step_000060.png").exists()
+    validation.is_stopping = lambda: True
+    assert validation.draw(70, None) is None and "update 70: the run stops" in caplog.text
+    validation.is_stopping = lambda: False
     draws.fails = RuntimeError("Memory not enough\n\nmany more lines")
     assert validation.draw(60 + 20, None) is None and validation.draws is None
     assert "no validation images from update 80 on: Memory not enough\n" in caplog.text
     assert Validation(tmp_path, options, None).draw(0, None) is None
+    draws.fails = None
+    again = Validation(tmp_path, options, draws)
+    again.begin(0)  # of another run's base model nothing is left
+    assert list(grids_in(tmp_path / "validation")) == [] and again.draw(0, None) is not None
