@@ -96,7 +96,7 @@ class Painter:
         self._take_lora(changes.pop("lora", NO_LORA), changes.pop("lora_weight", 1.0))
         flags = {name: False for name in SAMPLER_NAMES if hasattr(self.options, name)}
         options = dataclasses.replace(self.drawer.options, **flags | changes)
-        options.check()
+        SampleOptions.check(options)
         options = sized(options, self.source.config)
         line = Line(options.prompt, options.negative_prompt, options, has_own_seed=True)
         (drawing,) = drawings_of([line], options)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ldm.images import read_texts
 from ldm.networks.latent_diffusion import build_model
+from ldm.prompts import PromptSyntax
 from ldm.weights.checkpoint import load_checkpoint
 from ldm.weights.choice import choose_config
 from ldm.weights.source import open_weights
@@ -174,6 +175,8 @@ def test_an_image_says_how_it_is_drawn_again(place, trained):
 
 class Drawer:
     """Draws nothing: pictures that tell what they were asked for."""
+
+    syntax = PromptSyntax()
 
     def __init__(self, *_) -> None:
         pass
