@@ -77,7 +77,12 @@ class Ending:
             return f"{self.command}: interrupted"
         if self.size > 1:
             return "stopped; continue with the same command and --resume=latest"
-        return f"stopped; continue with: python {shlex.join([*sys.argv, '--resume=latest'])}"
+        return f"stopped; continue with: {command_to_resume()}"
+
+
+def command_to_resume() -> str:
+    """The command of this process once more; of several --resume the last counts."""
+    return f"python {shlex.join([*sys.argv, '--resume=latest'])}"
 
 
 def _say(line: str) -> None:

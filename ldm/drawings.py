@@ -1,8 +1,9 @@
 """What text_to_image.py is to draw: its prompts, image by image, and in batches. No mindspore."""
 
+import itertools
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -134,13 +135,15 @@ def drawings_of(lines: Sequence[Line], options: SampleOptions) -> list[Drawing]:
     return found
 
 
-def batches_of(drawings: Sequence[Drawing], size: int) -> Iterator[list[Drawing]]:
-    """Images that can be drawn together, at most `size` at a time, in their order."""
-    batch: list[Drawing] = []
-    for drawing in drawings:
-        if batch and (len(batch) == size or batch[0].settings != drawing.settings):
-            yield batch
-            batch = []
-        batch.append(drawing)
-    if batch:
-        yield batch
+def batches_of(
+    drawings: Sequence[Drawing], size: int, chunks: Callable[[Drawing], int] = lambda _: 1
+) -> Iterator[list[Drawing]]:
+    """Images that can be drawn together, at most `size` at a time, in their order.
+
+    Args:
+        chunks: how many parts the text of one has: a long prompt would make others of its batch long.
+    """
+    for _, alike in itertools.groupby(drawings, lambda drawing: (drawing.settings, chunks(drawing))):
+        group = list(alike)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]

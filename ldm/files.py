@@ -13,7 +13,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -174,6 +174,19 @@ def _sha256(path: str, *_: int) -> str:
         while piece := file.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Of weight files or folders: the names without the kind, and with the folder before them where several
+    have one.
+    """
+    stems = [path.name.removesuffix(".ckpt").removesuffix(".safetensors") for path in paths]
+    if len(set(stems)) < len(stems) and len({path.name for path in paths}) == len(paths):
+        stems = [path.name for path in paths]
+    return [
+        stem if stems.count(stem) == 1 else f"{path.absolute().parent.name}_{stem}"
+        for path, stem in zip(paths, stems)
+    ]
 
 
 def fingerprint(files: Iterable[Path]) -> str:

@@ -293,6 +293,18 @@ def list_images(folder: Path) -> list[Path]:
     return images
 
 
+def valid_images(folder: Path) -> list[Path]:
+    """The readable images of a folder; damaged ones are named in the log and left out."""
+    valid = []
+    for path in list_images(folder):
+        try:
+            read_image(path)
+            valid.append(path)
+        except ValueError as error:
+            logger.warning("skipping class image: %s", error)
+    return valid
+
+
 def images_below(folder: Path) -> dict[Path, int]:
     """The sub-folders of a folder that hold images, each with their number; but for those that other
     programs make: .ipynb_checkpoints, @eaDir, __MACOSX.

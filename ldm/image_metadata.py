@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ldm.config import find_configuration
 from ldm.drawings import Drawing
+from ldm.fields import beside_program
 from ldm.files import fingerprint, sha256_of
 from ldm.sample_options import SampleOptions
 from ldm.versions import PROGRAM_VERSION
@@ -144,7 +145,7 @@ def files_of(facts: Mapping) -> list[Mapping]:
     ]  # fmt: skip
 
 
-def command_of(facts: Mapping, found: Mapping[str, Path], program: str = "text_to_image.py") -> str:
+def command_of(facts: Mapping, found: Mapping[str, Path]) -> str:
     """The command that draws an image again: the same, bit by bit, on the same machine and versions.
 
     Args:
@@ -168,4 +169,5 @@ def command_of(facts: Mapping, found: Mapping[str, Path], program: str = "text_t
     if facts.get("config"):
         flags.append(f"--config={path(facts['config'])}")
     flags += [f"--{name}={value}" for name, value in facts["options"].items()]
-    return shlex.join(["python", program, *flags, "--n_iter=1", "--n_samples=1"])
+    program = beside_program("text_to_image.py")
+    return f"python {program} {shlex.join([*flags, '--n_iter=1', '--n_samples=1'])}"

@@ -134,7 +134,6 @@ class PromptSyntax:
         pieces = parse_weights(prompt) if self.has_weights else [Piece(prompt)]
         if not self.is_long:  # BREAK is no more than a space then
             pieces = [piece for piece in pieces if piece.weight is not None]
-        room = tokenizer.context_length - 2
         room, backtrack = tokenizer.context_length - 2, BACKTRACK if self.is_long else 0
         tokens = split_tokens([(tokenizer.encode(text), weight) for text, weight in pieces], room, backtrack)
         if not self.is_long and len(tokens) > 1:
@@ -173,10 +172,8 @@ def _taken_after_comma(chunk: list[tuple[int, float]], backtrack: int) -> list[t
 
 
 def _with_marks(chunk: Sequence[tuple[int, float]], tokenizer: Tokenizer) -> Chunk:
-    token_ids, weights = (
-        tokenizer.with_marks([token for token, _ in chunk]),
-        np.ones(tokenizer.context_length),
-    )
+    token_ids = tokenizer.with_marks([token for token, _ in chunk])
+    weights = np.ones(tokenizer.context_length)
     weights[1 : 1 + len(chunk)] = [weight for _, weight in chunk]
     return Chunk(token_ids, weights)
 

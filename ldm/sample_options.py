@@ -199,6 +199,10 @@ class SampleOptions:
         return [Path(path) for path in self.embedding_path or ()]
 
     @property
+    def images_at_a_time(self) -> int:
+        return self.batch_size or self.n_samples
+
+    @property
     def model_config(self) -> str:
         return self.config
 

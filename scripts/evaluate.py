@@ -1,4 +1,4 @@
-"""Judge trained models by DreamBooth's protocol: DINO, CLIP-I, CLIP-T, and PRES and DIV for the prior.
+"""Judge trained models by DreamBooth's protocol: DINO, CLIP-I, CLIP-T, PRES and DIV.
 `--help` lists the options.
 
 Draws every prompt of the paper's list four times with each checkpoint, as text_to_image.py would, and
@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -89,8 +90,9 @@ class EvaluateOptions:
         for name in ("dino", "clip", "alexnet"):
             if getattr(self, name) and not Path(getattr(self, name)).exists():
                 raise ConfigError(f"{name} {getattr(self, name)}: no such file or folder")
-        self.cases()
+        self.cases  # noqa: B018 (read, and so checked)
 
+    @cached_property
     def cases(self) -> list:
         from ldm.evaluation.protocol import KEYS, case_of, read_cases
 
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         judges = clip, dino, load_lpips(Path(options.alexnet)) if options.alexnet else None
         require_own(Path(options.output_path))
         artist, results = Artist(options), {}
-        for case in options.cases():
+        for case in options.cases:
             drawn = {label: artist.draw(case, label, path) for label, path in case.checkpoints.items()}
             results[case.name] = judge(case, drawn, options, *judges)
             save_sheet(case, drawn, Path(options.output_path) / f"{case.name}.png")
@@ -219,9 +221,9 @@ def is_same(path: Path, texts: dict[str, str]) -> bool:
 def judge(case, drawn: dict, options: EvaluateOptions, clip, dino, lpips) -> dict:
     """The scores of each checkpoint, of each of its prompts, and of the subject's own images."""
     from ldm.evaluation import protocol
-    from ldm.image_files import list_images, read_image
+    from ldm.image_files import read_image
 
-    real = [read_image(path) for path in list_images(case.folder)]
+    real = [read_image(path) for path in case.images]
     real_clip, real_dino = clip.images(real), dino.images(real)
     without_word = [template.replace("{}", case.class_word) for template in case.prompts]
     texts = dict(zip(case.prompts, clip.texts(without_word)))
@@ -263,13 +265,13 @@ def save_sheet(case, drawn: dict, path: Path) -> None:
     import numpy as np
 
     from ldm import images
-    from ldm.image_files import list_images, read_image
+    from ldm.image_files import read_image
 
     def row(caption: str, paths: Sequence[Path]) -> np.ndarray:
         shown = np.stack([images.cover(read_image(its), SHEET_SIDE, SHEET_SIDE) for its in paths])
         return images.with_caption(images.grid(shown, len(shown)), caption)
 
-    rows = [row(case.subject, list_images(case.folder)[:6])]
+    rows = [row(case.subject, case.images[:6])]
     labels = ", ".join(drawn)
     for template in case.prompts:
         caption = template.replace("{}", case.subject)

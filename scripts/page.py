@@ -112,37 +112,24 @@ class Painter:
             self.drawer.load(dataclasses.replace(self.options, lora_ckpt_path=wanted), self.source)
 
     def _command(self, texts: dict[str, str]) -> str:
-        from ldm.image_metadata import OWN, command_of, facts_of
+        from ldm.image_metadata import OWN, command_of, facts_of, files_of
+        from ldm.weights.lora_merge import split_weight
 
         if OWN not in texts:
             return ""
         facts, options = facts_of(texts), self.drawer.options
-        found = {facts["checkpoint"]["sha256"]: options.checkpoint}
-        found |= {
-            its["sha256"]: Path(_path_of(given)) for its, given in zip(facts.get("loras", []), options.loras)
-        }
-        found |= {its["sha256"]: path for its, path in zip(facts.get("embeddings", []), options.embeddings)}
-        program = "text_to_image.py" if Path.cwd() == ROOT else str(ROOT / "text_to_image.py")
-        return command_of(facts, found, program)
-
-
-def _path_of(lora: str) -> str:
-    from ldm.weights.lora_merge import split_weight
-
-    return str(split_weight(lora)[0])
+        files = [options.checkpoint, *(split_weight(its)[0] for its in options.loras), *options.embeddings]
+        files += [Path(options.config)] * (options.config != "auto")
+        return command_of(facts, dict(zip((its["sha256"] for its in files_of(facts)), files)))
 
 
 def named_loras(given: Sequence[str]) -> dict[str, tuple[Path, float]]:
     """LoRA files with their weights, by names that tell them apart."""
+    from ldm.files import short_names
     from ldm.weights.lora_merge import split_weight
 
     found = [split_weight(its) for its in given]
-    stems = [path.stem for path, _ in found]
-    names = [
-        stem if stems.count(stem) == 1 else f"{path.absolute().parent.name}/{stem}"
-        for (path, _), stem in zip(found, stems)
-    ]
-    return dict(zip(names, found))
+    return dict(zip(short_names([path for path, _ in found]), found))
 
 
 def make_page(painter: Painter):
@@ -168,10 +155,10 @@ def make_page(painter: Painter):
                     names = list(SAMPLER_NAMES)
                     fields["sampler"] = gr.Dropdown(names, value=options.sampler_name, label="Sampler")
                     fields["sampling_steps"] = gr.Slider(
-                        1, 150, options.sampling_steps, step=1, label="Steps"
+                        1, max(150, options.sampling_steps), options.sampling_steps, step=1, label="Steps"
                     )
                 fields["guidance_scale"] = gr.Slider(
-                    1, 20, options.guidance_scale, step=0.5, label="Guidance"
+                    0, max(20, options.guidance_scale), options.guidance_scale, step=0.5, label="Guidance"
                 )
                 with gr.Group(visible=bool(painter.loras)):
                     fields["lora"] = gr.Dropdown(

@@ -73,8 +73,7 @@ def command(image: Path, look_in: Sequence[Path] = ()) -> str:
             found[file["sha256"]] = path
     if not facts["program"].endswith(f" {PROGRAM_VERSION}"):
         say(f"drawn by {facts['program']}, this is {PROGRAM_VERSION}: roundings may differ")
-    program = "text_to_image.py" if Path.cwd() == ROOT else ROOT / "text_to_image.py"
-    return command_of(facts, found, str(program))
+    return command_of(facts, found)
 
 
 def say(line: str) -> None:

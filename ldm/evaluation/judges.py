@@ -1,6 +1,4 @@
-"""Images and texts to unit vectors, by networks whose weights the user has; and the distance of two images by
-LPIPS.
-"""
+"""Images and texts to unit vectors, by networks whose weights the user has."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +13,6 @@ from ldm.tokenizer import Tokenizer
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 16
-PREPROCESSINGS = ("transformers", "original")
 
 
 def shortest_side(image: Image.Image, size: int) -> Image.Image:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ldm.config import read_mapping
-from ldm.image_files import list_images
+from ldm.files import short_names
+from ldm.subjects import load_instance_images
 from ldm.text_files import read_lines
 from ldm.values import ConfigError, absent, nearest
 
@@ -34,13 +35,14 @@ class Case:
     """A subject that was learned.
 
     Attributes:
+        images: of it.
         subject: how prompts call it, "sks dog"; `class_word` is "dog".
         prompts: with {} for it.
         checkpoints: of models that have learned it, by label.
     """
 
     name: str
-    folder: Path
+    images: list[Path]
     subject: str
     class_word: str
     prompts: list[str]
@@ -65,7 +67,9 @@ def read_templates(given: str, program: Path) -> list[str]:
 
 
 def case_of(values: Mapping, program: Path, where: str) -> Case:
-    """A subject from a file's or the command line's values. Raises ConfigError where one is missing."""
+    """A subject from a file's or the command line's values. Raises ConfigError where one is missing, and
+    as `load_instance_images` does.
+    """
     for key in values:
         if key not in KEYS:
             raise ConfigError(f"{where}: unknown key {key}{nearest(str(key), KEYS)}")
@@ -80,15 +84,14 @@ def case_of(values: Mapping, program: Path, where: str) -> Case:
         raise ConfigError(f"{where}: subject {subject!r} must have the class_word {class_word!r} in it")
     if not folder.is_dir():
         raise ConfigError(f"{where}: instance_data_dir {folder}: {absent(folder, 'no such folder')}")
-    if not list_images(folder):
-        raise ConfigError(f"{where}: instance_data_dir {folder}: no images found")
+    images = load_instance_images(folder)
     given = values["ckpt_path"]
     paths = [Path(path) for path in ([given] if isinstance(given, str) else given)]
     for path in paths:
         if not path.exists():
             raise ConfigError(f"{where}: ckpt_path {path}: {absent(path)}")
     templates = read_templates(str(values.get("prompts") or "objects"), program)
-    return Case(name, folder, subject, class_word, templates, labels_of(paths))
+    return Case(name, images, subject, class_word, templates, labels_of(paths))
 
 
 def read_cases(path: Path, program: Path) -> list[Case]:
@@ -104,13 +107,7 @@ def read_cases(path: Path, program: Path) -> list[Case]:
 
 def labels_of(paths: Sequence[Path]) -> dict[str, Path]:
     """A short name for each: the file's, with its folder's before it where files of several have one."""
-    stems = [path.name.removesuffix(".ckpt").removesuffix(".safetensors") for path in paths]
-    if len(set(stems)) < len(stems) and len({path.name for path in paths}) == len(paths):
-        stems = [path.name for path in paths]
-    labels = [
-        stem if stems.count(stem) == 1 else f"{path.absolute().parent.name}_{stem}"
-        for path, stem in zip(paths, stems)
-    ]
+    labels = short_names(paths)
     if len(set(labels)) < len(labels):
         raise ConfigError("ckpt_path: two checkpoints have the same name: rename one's folder")
     return dict(zip(labels, paths))

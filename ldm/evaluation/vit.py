@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from ldm.weights.arrays import Arrays
+from ldm.weights.arrays import Arrays, ArraysInMemory
 from ldm.weights.checkpoint import fill
 from ldm.weights.source import read_file
 
@@ -257,14 +257,7 @@ def shape_of(arrays: Arrays, prefix: str, config: Mapping, activation: str, eps:
     )
 
 
-class Judged(dict):
-    """Name to array, with the shapes that the networks ask for."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self[name].shape
-
-
-def read_judge(path: Path) -> tuple[Judged, dict]:
+def read_judge(path: Path) -> tuple[Arrays, dict]:
     """The weights of a folder of transformers or a single file, and the folder's config.json.
 
     Raises:
@@ -278,8 +271,7 @@ def read_judge(path: Path) -> tuple[Judged, dict]:
             raise ValueError(f"{path}: has none of {', '.join(CLIP_NAMES)}")
         its = path / "config.json"
         config = json.loads(its.read_text(encoding="utf-8")) if its.is_file() else {}
-    arrays = read_file(file)
-    return Judged({name: arrays[name] for name in arrays}), config
+    return read_file(file), config
 
 
 def load_clip(path: Path) -> Clip:
@@ -293,7 +285,7 @@ def load_clip(path: Path) -> Clip:
 def load_dino(path: Path) -> Dino:
     """Raises ValueError where it is no vision transformer."""
     arrays, config = read_judge(path)
-    named = Judged()
+    named = {}
     for name, values in arrays.items():
         for old, new in DINO_NAMES:
             name = re.sub(old, new, name)
@@ -304,10 +296,11 @@ def load_dino(path: Path) -> Dino:
             named[name] = values
     if "embeddings.class_embedding" not in named:
         raise ValueError(f"{path}: no vision transformer in known names; facebook/dino-vits16 is one")
-    return filled(Dino(named, config), Judged({f"tower.{name}": its for name, its in named.items()}), path)
+    whole = {f"tower.{name}": values for name, values in named.items()}
+    return filled(Dino(ArraysInMemory(named), config), whole, path)
 
 
-def filled(network: nn.Cell, arrays: Judged, path: Path) -> nn.Cell:
+def filled(network: nn.Cell, arrays: Mapping[str, np.ndarray], path: Path) -> nn.Cell:
     """With every weight from the file. Raises ValueError where one is missing, or more are there."""
     parameters = {}
     for name, parameter in network.parameters_and_names():

@@ -14,7 +14,7 @@ from mindspore import nn
 from ldm.command_line import duration
 from ldm.concepts import classes_of
 from ldm.fields import OPTIMIZERS
-from ldm.image_files import list_images, read_image
+from ldm.image_files import valid_images
 from ldm.options import TrainOptions
 from ldm.ranks import Ranks
 from ldm.subjects import Subject
@@ -54,7 +54,6 @@ class Counting(Protocol):
 
     total_updates: int
     epochs: int
-    samples_per_epoch: int
     samples_per_update: int
 
     def checkpoints_to_come(self, update: int) -> int: ...
@@ -106,13 +105,13 @@ class Forecast:
             text = f"{count} of {concept.instance_prompt!r} in {concept.instance_data_dir}, all readable"
             found.append(("images", f"{text}; each {subject.repeats} times per epoch"))
         classes = classes_of(options.subjects)[0] if options.with_prior_preservation else []
-        missing = [
-            max(0, its.num_class_images - readable_images(Path(its.class_data_dir))) for its in classes
-        ]
-        for its, count in zip(classes, missing):
-            has = its.num_class_images - count
-            text = f"{its.num_class_images} of {its.class_prompt!r} in {its.class_data_dir}: {has} there"
-            found.append(("class images", f"{text}, {count} to be generated"))
+        missing = 0
+        for its in classes:
+            folder, wanted = Path(its.class_data_dir), its.num_class_images
+            has = min(wanted, len(valid_images(folder))) if folder.is_dir() else 0
+            text = f"{wanted} of {its.class_prompt!r} in {folder}: {has} there"
+            found.append(("class images", f"{text}, {wanted - has} to be generated"))
+            missing += wanted - has
         to_come = progress.total_updates - self.done
         text = f"{to_come} to come, of {progress.samples_per_update} images of subjects"
         text += " and as many of classes" if classes else ""
@@ -124,9 +123,9 @@ class Forecast:
         where = "memory" if options.device == "CPU" else "device memory"
         found.append((where, f"about {_gb(self.memory())}{_there_is(options.device)}"))
         times = [f"training about {duration(to_come * self.seconds_per_update())}"]
-        if sum(missing):
+        if missing:
             times.insert(
-                0, f"class images about {duration(sum(missing) / self.ranks.size * self.seconds_per_image())}"
+                0, f"class images about {duration(missing / self.ranks.size * self.seconds_per_image())}"
             )
         if options.validation_prompt:
             count = len(options.validation_prompt) * options.validation_images
@@ -184,17 +183,3 @@ def _there_is(device: str) -> str:
         return f", the machine has {_gb(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
     except (OSError, ValueError):
         return ""
-
-
-def readable_images(folder: Path) -> int:
-    """How many class images are there to be used."""
-    if not folder.is_dir():
-        return 0
-    count = 0
-    for path in list_images(folder):
-        try:
-            read_image(path)
-            count += 1
-        except ValueError:  # the training names them
-            continue
-    return count

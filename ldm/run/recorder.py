@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from ldm.command_line import command_to_resume
 from ldm.options import TrainOptions
 from ldm.run.boards import Boards
 from ldm.run.checkpoints import embedding_beside
 from ldm.run.folder import RunFolder
-from ldm.run.report import Commands, RunReport, command_to_resume
+from ldm.run.report import Commands, RunReport
 from ldm.run.states import State
 from ldm.run.validation import Draws, Validation
 from ldm.subjects import Subject
@@ -130,7 +131,11 @@ class Recorder:
 
     def _commands(self) -> Commands:
         checkpoints, options = self.checkpoints, self.options
-        resume = command_to_resume(self.ranks.size) if self.folder.states.paths() else None
+        resume = None
+        if self.folder.states.paths():
+            size = self.ranks.size
+            several = f"# as you started these {size} processes, and with --resume=latest"
+            resume = command_to_resume() if size == 1 else several
         if not (path := checkpoints.newest()):
             return Commands(resume=resume)
         whole = (

@@ -12,7 +12,6 @@ import math
 import re
 import shlex
 import string
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,12 +48,6 @@ class Commands:
     draw: str | None = None
     resume: str | None = None
     convert: str | None = None
-
-
-def command_to_resume(processes: int) -> str:
-    if processes > 1:
-        return f"# as you started these {processes} processes, and with --resume=latest"
-    return f"python {shlex.join([*sys.argv, '--resume=latest'])}"  # the last of several counts
 
 
 class RunReport:

@@ -14,7 +14,7 @@ from ldm.command_line import Pace
 from ldm.concepts import classes_of
 from ldm.config import ModelConfig
 from ldm.files import folder_to_itself, write_text
-from ldm.image_files import NOTE, list_images, read_image, where_images_lie
+from ldm.image_files import NOTE, valid_images, where_images_lie
 from ldm.images import save_image
 from ldm.networks.latent_diffusion import LatentDiffusion
 from ldm.options import TrainOptions
@@ -138,18 +138,6 @@ class ClassImages:
 
     def path(self, number: int) -> Path:
         return self.folder / f"class_{number:05d}.png"
-
-
-def valid_images(folder: Path) -> list[Path]:
-    """The readable images of a folder; damaged ones are named in the log and left out."""
-    valid = []
-    for path in list_images(folder):
-        try:
-            read_image(path)
-            valid.append(path)
-        except ValueError as error:
-            logger.warning("skipping class image: %s", error)
-    return valid
 
 
 def complete_class_images(

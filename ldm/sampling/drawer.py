@@ -85,16 +85,8 @@ class Drawer:
             found.set_exception(error)
 
     def batches(self, drawings: Sequence[Drawing]) -> list[list[Drawing]]:
-        """Those that are drawn together: a long prompt would make others of its batch long."""
-        found: list[list[Drawing]] = []
-        size = self.options.batch_size or self.options.n_samples
-        for batch in batches_of(drawings, size):
-            for drawing in batch:
-                is_first = drawing is batch[0]
-                if is_first or self.chunks(drawing) != self.chunks(found[-1][0]):
-                    found.append([])
-                found[-1].append(drawing)
-        return found
+        """Those that are drawn together."""
+        return list(batches_of(drawings, self.options.images_at_a_time, self.chunks))
 
     def chunks(self, drawing: Drawing) -> int:
         """How many parts the text has."""
@@ -102,7 +94,7 @@ class Drawer:
 
     def draw(self, batch: Sequence[Drawing], on_step: Callable[[], None] = lambda: None) -> list[np.ndarray]:
         """The images, (H, W, 3) uint8 each, of one of `batches`. Raises as TextToImage does."""
-        missing = (self.options.batch_size or self.options.n_samples) - len(batch)
+        missing = self.options.images_at_a_time - len(batch)
         rows = [*batch, *[batch[-1]] * missing]  # one shape, one graph
         options = batch[0].options
         arrays = self.pipeline(
@@ -119,8 +111,7 @@ class Drawer:
         """What the file of an image carries."""
         if not self._notes:
             return {}
-        size = self.options.batch_size or self.options.n_samples
-        return texts_of(drawing, size, self._origin.result(), version("mindspore"))
+        return texts_of(drawing, self.options.images_at_a_time, self._origin.result(), version("mindspore"))
 
     def shape(self, batch: Sequence[Drawing]) -> tuple:
         """What the graphs of a batch depend on besides the drawer."""
@@ -133,7 +124,7 @@ class Drawer:
         return {
             "config": self.source.config, "attention": options.flash_attention,
             "shapes": list(dict.fromkeys(map(self.shape, batches))),
-            "n": options.batch_size or options.n_samples, "rescale": options.guidance_rescale,
+            "n": options.images_at_a_time, "rescale": options.guidance_rescale,
         }  # fmt: skip
 
 

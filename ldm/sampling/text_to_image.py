@@ -156,7 +156,7 @@ class TextToImage:
         Raises:
             FloatingPointError: a network's answer is not finite, so that there would be no image to see.
         """
-        count = self.chunk_count([*prompts, *negative_prompts]) if self.syntax.is_long else 1
+        count = self.chunk_count([*prompts, *negative_prompts])
         context = self.encode_prompts(prompts, count)
         negative = self.encode_prompts(negative_prompts, count)
         for encoded in (context, negative):

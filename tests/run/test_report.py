@@ -165,6 +165,7 @@ class Draws:
 
 
 def test_when_images_are_drawn_and_where_they_go(tmp_path, caplog):
+    caplog.set_level("INFO")
     options = TrainOptions(validation_prompt=("a", "b"), validation_every=20)
     draws = Draws()
     validation = Validation(tmp_path, options, draws)
