@@ -10,6 +10,7 @@ import mindspore as ms
 
 from ldm.device import has_newer_kernels, is_on_cpu
 from ldm.networks import layers, layers_cpu
+from ldm.networks.native_operators import library
 
 
 class LayerSet:
@@ -40,8 +41,14 @@ class LayerSet:
 
 
 def layers_of_this_device(dtype=ms.float32, fuses_attention: bool = True) -> LayerSet:
+    if is_on_cpu():
+        if dtype == ms.float32 and library():
+            from ldm.networks import layers_native
+
+            return LayerSet(layers_native, dtype)
+        return LayerSet(layers_cpu, dtype)
     if not has_newer_kernels():
-        return LayerSet(layers_cpu if is_on_cpu() else layers, dtype, fuses_attention)
+        return LayerSet(layers, dtype, fuses_attention)
     from ldm.networks import layers_ascend  # whose operators a MindSpore without an Ascend need not have
 
     layers_ascend.add_gradients_by_add()

@@ -14,6 +14,7 @@ from typing import IO
 from ldm import files
 from ldm.device import is_dry_run, soc
 from ldm.memory import LARGE, memory_is_low
+from ldm.networks.native_operators import library
 
 COMPLETE = "complete"  # the file that says that a folder of compiled graphs is whole
 RESTARTED = "DREAMBOOTH_STARTED_AGAIN"
@@ -104,6 +105,7 @@ def _key(facts: dict) -> str:
     """A name for the graphs of these facts, this code, these versions and this device."""
     versions = sys.version, version("mindspore"), os.environ.get("ONEDNN_MAX_CPU_ISA"), soc(), is_dry_run()
     digest = hashlib.sha256(repr((sorted(facts.items()), versions)).encode())
+    digest.update(str(library()).encode())  # a graph names the file that its operators are in
     for source in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:20]

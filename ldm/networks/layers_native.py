@@ -1,0 +1,307 @@
+"""The layers of `layers` for a CPU with a C++ compiler: the same names, parameters and values, an operator each.
+
+Of 20 small operators of MindSpore's that make a layer and its gradient three are left, which read an image's
+neighbourhoods without writing them down, keep nothing for the backward pass but their inputs, and compile in a
+fraction of the time. `native/operators.cc` has them. dtype bfloat16: the factors of products are rounded to it;
+all else, weights and sums among it, is float32.
+"""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from ldm.networks import layers
+from ldm.networks.kernels import AddPerChannel, upsample_nearest
+from ldm.networks.layers import CausalAttention, QuickGELU
+from ldm.networks.native_operators import operator
+
+__all__ = ["AddPerChannel", "CausalAttention", "QuickGELU"]  # as they are
+
+
+def options(*values: float) -> Tensor:
+    """What an operator is told beside its inputs."""
+    return Tensor(np.array(values, np.float32))
+
+
+def same(shape, *_):
+    return shape
+
+
+def dense_shape(x, w, *_):
+    """Tokens (..., C) to (..., N)."""
+    return [*x[:-1], w[0]]
+
+
+def places_to_tokens_shape(x, w, *_):
+    return [x[0], x[2], w[0]]
+
+
+def tokens_to_places_shape(x, w, *_):
+    return [x[0], w[0], x[1]]
+
+
+def pointwise_shape(x, w, *_):
+    return [x[0], w[0], *x[2:]]
+
+
+class DenseProduct(nn.Cell):
+    """x w^T + bias: a dense layer with weights that are given.
+
+    x and the answer are tokens (..., C), or places: of a dense layer on both sides, (B, C, ...), else (B, C, P),
+    where the tokens of the other side are (B, P, C).
+    """
+
+    SHAPES = {
+        (False, False): dense_shape, (True, False): places_to_tokens_shape,
+        (False, True): tokens_to_places_shape, (True, True): pointwise_shape,
+    }  # fmt: skip
+
+    def __init__(self, takes_places: bool, gives_places: bool, rounds: bool, has_bias: bool) -> None:
+        super().__init__()
+        forward, backward = self.SHAPES[takes_places, gives_places], self.SHAPES[gives_places, takes_places]
+        self.options = options(takes_places, gives_places, rounds)
+        self.forward = operator("Dense", forward)
+        self.of_input = operator("DenseInput", lambda dy, w, _: backward(dy, [w[1]]))
+        self.of_weight = operator("DenseWeight", lambda dy, x, w, _: w)
+        self.of_weights = operator("DenseWeight", lambda dy, x, w, _: (w, [w[0]]), 2)
+
+
+class Product(DenseProduct):
+    def construct(self, x, weight):
+        return self.forward(x, weight, self.options)
+
+    def bprop(self, x, weight, out, dout):
+        dw = self.of_weight(dout, x, weight, self.options)
+        return self.of_input(dout, weight, self.options), dw
+
+
+class ProductAndBias(DenseProduct):
+    def construct(self, x, weight, bias):
+        return self.forward(x, weight, bias, self.options)
+
+    def bprop(self, x, weight, bias, out, dout):
+        dw, db = self.of_weights(dout, x, weight, self.options)
+        return self.of_input(dout, weight, self.options), dw, db
+
+
+def product(takes_places: bool, gives_places: bool, dtype, has_bias: bool) -> nn.Cell:
+    kind = ProductAndBias if has_bias else Product
+    return kind(takes_places, gives_places, dtype == ms.bfloat16, has_bias)
+
+
+class Dense(layers.Dense):
+    def __init__(self, in_channels: int, out_channels: int, has_bias: bool = True, dtype=ms.float32) -> None:
+        super().__init__(in_channels, out_channels, has_bias)
+        self.product = product(False, False, dtype, has_bias)
+
+    def apply(self, x, weight, bias=None):
+        if self.has_bias:
+            return self.product(x, weight, bias)
+        return self.product(x, weight)
+
+
+class PlacesToTokens(layers.PlacesToTokens):
+    def __init__(
+        self, in_channels: int, out_channels: int, is_linear: bool = True, has_bias: bool = True,
+        dtype=ms.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, is_linear, has_bias)
+        self.product = product(True, False, dtype, has_bias)
+
+    def construct(self, x):
+        x = x.reshape(x.shape[0], self.in_channels, -1)
+        if self.has_bias:
+            return self.product(x, self.weight, self.bias)
+        return self.product(x, self.weight)
+
+
+class TokensToPlaces(layers.TokensToPlaces):
+    def __init__(
+        self, in_channels: int, out_channels: int, is_linear: bool = True, has_bias: bool = True,
+        dtype=ms.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, is_linear, has_bias)
+        self.product = product(False, True, dtype, has_bias)
+
+    def construct(self, x, height, width):
+        if self.has_bias:
+            y = self.product(x, self.weight, self.bias)
+        else:
+            y = self.product(x, self.weight)
+        return y.reshape(x.shape[0], self.out_channels, height, width)
+
+
+class ConvolutionBase(nn.Cell):
+    """(B, C, H, W) by a weight (N, C, K, K) that is given; padding is (top, bottom, left, right)."""
+
+    def __init__(self, stride: int, padding: tuple[int, int, int, int], rounds: bool) -> None:
+        super().__init__()
+        top, bottom, left, right = padding
+
+        def forward(x, w, *_):
+            height, width = (
+                (size + pads - w[2]) // stride + 1 for size, pads in zip(x[2:], (top + bottom, left + right))
+            )
+            return [x[0], w[0], height, width]
+
+        def of_input(dy, w, *rest):
+            if stride > 1:
+                return rest[0]
+            return [dy[0], w[1], dy[2] + w[2] - 1 - top - bottom, dy[3] + w[3] - 1 - left - right]
+
+        self.is_strided = stride > 1
+        self.options = options(stride, top, left, rounds)
+        self.forward, self.of_input = operator("Convolution", forward), operator("ConvolutionInput", of_input)
+        self.of_weight = operator("ConvolutionWeight", lambda dy, x, w, _: w)
+        self.of_weights = operator("ConvolutionWeight", lambda dy, x, w, _: (w, [w[0]]), 2)
+
+    def input_gradient(self, x, weight, dout):
+        if self.is_strided:
+            return self.of_input(dout, weight, x, self.options)
+        return self.of_input(dout, weight, self.options)
+
+
+class Convolution(ConvolutionBase):
+    def construct(self, x, weight):
+        return self.forward(x, weight, self.options)
+
+    def bprop(self, x, weight, out, dout):
+        return self.input_gradient(x, weight, dout), self.of_weight(dout, x, weight, self.options)
+
+
+class ConvolutionAndBias(ConvolutionBase):
+    def construct(self, x, weight, bias):
+        return self.forward(x, weight, bias, self.options)
+
+    def bprop(self, x, weight, bias, out, dout):
+        dw, db = self.of_weights(dout, x, weight, self.options)
+        return self.input_gradient(x, weight, dout), dw, db
+
+
+class Conv2d(layers.Conv2d):
+    def __init__(  # noqa: PLR0913
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding=0,
+        has_bias: bool = True, dtype=ms.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel, stride, padding, has_bias)
+        if kernel == 1:
+            self.convolution = product(True, True, dtype, has_bias)
+        else:
+            sides = padding if isinstance(padding, tuple) else (padding,) * 4
+            kind = ConvolutionAndBias if has_bias else Convolution
+            self.convolution = kind(stride, sides, dtype == ms.bfloat16)
+
+    def construct(self, x):
+        if self.has_bias:
+            return self.convolution(x, self.weight, self.bias)
+        return self.convolution(x, self.weight)
+
+
+class UpsampledConvolution(ConvolutionBase):
+    """Of x made twice as large; forward by sums of the weights on the small map, 4/9 of the multiplications."""
+
+    def __init__(self, rounds: bool) -> None:
+        super().__init__(1, (1, 1, 1, 1), rounds)
+        self.option = options(rounds)
+        self.upsampled = operator("UpsampledConvolution", lambda x, w, *_: [x[0], w[0], 2 * x[2], 2 * x[3]])
+        self.sum_of_four = ops.ReduceSum()
+
+    def construct(self, x, weight, bias):
+        return self.upsampled(x, weight, bias, self.option)
+
+    def bprop(self, x, weight, bias, out, dout):
+        batch, channels, height, width = x.shape
+        dw, db = self.of_weights(dout, upsample_nearest(x), weight, self.options)
+        dx = self.of_input(dout, weight, self.options).reshape(batch, channels, height, 2, width, 2)
+        return self.sum_of_four(dx, (3, 5)), dw, db
+
+
+class UpsampledConv2d(layers.UpsampledConv2d):
+    def __init__(self, channels: int, dtype=ms.float32) -> None:
+        super().__init__(channels)
+        self.convolution = UpsampledConvolution(dtype == ms.bfloat16)
+
+    def construct(self, x):
+        return self.convolution(x, self.weight, self.bias)
+
+
+class Norm(nn.Cell):
+    """A norm with scale and shift that are given."""
+
+    def __init__(self, name: str, *values: float) -> None:
+        super().__init__()
+        self.options = options(*values)
+        self.forward = operator(name, same)
+        self.backward = operator(f"{name}Gradient", lambda dy, x, gamma, beta, _: (x, gamma, beta), 3)
+
+    def construct(self, x, gamma, beta):
+        return self.forward(x, gamma, beta, self.options)
+
+    def bprop(self, x, gamma, beta, out, dout):
+        return self.backward(dout, x, gamma, beta, self.options)
+
+
+class GroupNorm(layers.GroupNorm):
+    HAS_SILU = False
+
+    def __init__(self, groups: int, channels: int, epsilon: float) -> None:
+        super().__init__(groups, channels, epsilon)
+        self.norm = Norm("GroupNorm", groups, self.HAS_SILU, epsilon)
+
+    def construct(self, x):
+        return self.norm(x, self.gamma, self.beta)
+
+
+class GroupNormSiLU(GroupNorm):
+    HAS_SILU = True
+
+
+class LayerNorm(layers.LayerNorm):
+    def __init__(self, channels: int, epsilon: float = 1e-5) -> None:
+        super().__init__(channels, epsilon)
+        self.norm = Norm("LayerNorm", epsilon)
+
+    def apply(self, x, gamma, beta):
+        return self.norm(x, gamma, beta)
+
+
+class Activation(nn.Cell):
+    """A function of x and its gradient."""
+
+    def __init__(self, name: str, shape) -> None:
+        super().__init__()
+        self.forward = operator(name, shape)
+        self.backward = operator(f"{name}Gradient", lambda dy, x: x)
+
+    def construct(self, x):
+        return self.forward(x)
+
+    def bprop(self, x, out, dout):
+        return (self.backward(dout, x),)
+
+
+def GELU() -> nn.Cell:
+    return Activation("Gelu", same)
+
+
+def GatedGELU() -> nn.Cell:
+    return Activation("GatedGelu", lambda x: [*x[:-1], x[-1] // 2])
+
+
+class Attention(nn.Cell):
+    """Needs no fused kernel, no mask, and no upcast."""
+
+    def __init__(
+        self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False, fuses: bool = False,
+        rounds: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.options = options(heads, causal, rounds and not upcast)
+        self.forward = operator("Attention", same)
+        self.backward = operator("AttentionGradient", lambda q, k, v, dout, _: (q, k, v), 3)
+
+    def construct(self, q, k, v):
+        return self.forward(q, k, v, self.options)
+
+    def bprop(self, q, k, v, out, dout):
+        return self.backward(q, k, v, dout, self.options)
