@@ -119,7 +119,7 @@ class ModelConfig:
     """All that fixes the three networks.
 
     `precision`: what they compute in, on float32 weights: float32, float16 or bfloat16; `auto`: what suits
-    the device (ldm.device.settle_precision).
+    the device (ldm.precision.settle_precision).
     """
 
     image_size: int

@@ -7,12 +7,12 @@ from mindspore import nn
 from mindspore.nn.utils import no_init_parameters
 
 from ldm.config import ModelConfig
-from ldm.device import default_precision
 from ldm.networks.autoencoder import AutoencoderKL
 from ldm.networks.layer_set import LayerSet, layers_of_this_device
 from ldm.networks.layers import set_dtype, weights_of_products
 from ldm.networks.text_encoder import TextEncoder
 from ldm.networks.unet import UNetModel
+from ldm.precision import default_precision
 
 
 class DiffusionWrapper(nn.Cell):

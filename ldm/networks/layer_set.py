@@ -10,7 +10,7 @@ import mindspore as ms
 
 from ldm.device import has_newer_kernels, is_on_cpu
 from ldm.networks import layers, layers_cpu
-from ldm.networks.native_operators import library
+from ldm.operators import library
 
 
 class LayerSet:
@@ -24,7 +24,8 @@ class LayerSet:
     """
 
     def __init__(self, module: ModuleType, dtype=ms.float32, fuses_attention: bool = True) -> None:
-        self.dtype = dtype
+        # the project's own operators round within a product: all else is float32
+        self.dtype = ms.float32 if module.__name__.endswith("native") else dtype
         self.Dense = partial(module.Dense, dtype=dtype)
         self.PlacesToTokens = partial(module.PlacesToTokens, dtype=dtype)
         self.TokensToPlaces = partial(module.TokensToPlaces, dtype=dtype)
@@ -37,12 +38,12 @@ class LayerSet:
         )
         self.GELU, self.QuickGELU, self.GatedGELU = module.GELU, module.QuickGELU, module.GatedGELU
         self.AddPerChannel, self.CausalAttention = module.AddPerChannel, module.CausalAttention
-        self.Attention = partial(module.Attention, fuses=fuses_attention and has_newer_kernels())
+        self.Attention = partial(module.Attention, fuses=fuses_attention and has_newer_kernels(), dtype=dtype)
 
 
 def layers_of_this_device(dtype=ms.float32, fuses_attention: bool = True) -> LayerSet:
     if is_on_cpu():
-        if dtype == ms.float32 and library():
+        if dtype != ms.float16 and library():
             from ldm.networks import layers_native
 
             return LayerSet(layers_native, dtype)

@@ -238,8 +238,9 @@ class Attention(nn.Cell):
     """
 
     def __init__(
-        self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False, fuses: bool = False
-    ) -> None:
+        self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False, fuses: bool = False,
+        dtype=ms.float32,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.upcast = heads, upcast
         self.can_fuse = fuses and not causal

@@ -127,9 +127,10 @@ class Attention(layers.Attention):
     """The causal one is fused, too."""
 
     def __init__(
-        self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False, fuses: bool = False
-    ) -> None:
-        super().__init__(heads, causal, length, upcast, fuses)
+        self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False, fuses: bool = False,
+        dtype=ms.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(heads, causal, length, upcast, fuses, dtype)
         self.can_fuse, self.causal = fuses, causal
         if causal:
             self.hidden = Tensor(np.triu(np.ones((length, length), np.bool_), 1))

@@ -156,8 +156,9 @@ class Attention(layers.Attention):
     """Heads are split and merged by copies instead of transpositions."""
 
     def __init__(
-        self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False, fuses: bool = False
-    ) -> None:
-        super().__init__(heads, causal, length, upcast, fuses)
+        self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False, fuses: bool = False,
+        dtype=ms.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(heads, causal, length, upcast, fuses, dtype)
         self.split_heads, self.merge_heads = kernels.SplitHeads(heads), kernels.MergeHeads(heads)
         self.softmax_attention = SoftmaxAttention(causal, length)

@@ -1,9 +1,10 @@
-"""The layers of `layers` for a CPU with a C++ compiler: the same names, parameters and values, an operator each.
+"""The layers of `layers` for a CPU with a C++ compiler: the same names, parameters and values, an operator
+each.
 
-Of 20 small operators of MindSpore's that make a layer and its gradient three are left, which read an image's
-neighbourhoods without writing them down, keep nothing for the backward pass but their inputs, and compile in a
-fraction of the time. `native/operators.cc` has them. dtype bfloat16: the factors of products are rounded to it;
-all else, weights and sums among it, is float32.
+Of some 20 operators of MindSpore's that make a layer and its gradient, three are left. They read an image's
+neighbourhoods without writing them down, keep nothing for the backward pass but their inputs, and compile in
+a fraction of the time. `native/operators.cc` has them. dtype bfloat16: the factors of products are rounded to
+it; all else, weights and sums among it, is float32.
 """
 
 import mindspore as ms
@@ -13,7 +14,7 @@ from mindspore import Tensor, nn, ops
 from ldm.networks import layers
 from ldm.networks.kernels import AddPerChannel, upsample_nearest
 from ldm.networks.layers import CausalAttention, QuickGELU
-from ldm.networks.native_operators import operator
+from ldm.operators import operator
 
 __all__ = ["AddPerChannel", "CausalAttention", "QuickGELU"]  # as they are
 
@@ -47,8 +48,8 @@ def pointwise_shape(x, w, *_):
 class DenseProduct(nn.Cell):
     """x w^T + bias: a dense layer with weights that are given.
 
-    x and the answer are tokens (..., C), or places: of a dense layer on both sides, (B, C, ...), else (B, C, P),
-    where the tokens of the other side are (B, P, C).
+    x and the answer are tokens (..., C), or places: (B, C, ...) where both are, else (B, C, P) and on the
+    other side tokens (B, P, C).
     """
 
     SHAPES = {
@@ -94,10 +95,12 @@ class Dense(layers.Dense):
         super().__init__(in_channels, out_channels, has_bias)
         self.product = product(False, False, dtype, has_bias)
 
-    def apply(self, x, weight, bias=None):
-        if self.has_bias:
-            return self.product(x, weight, bias)
-        return self.product(x, weight)
+    def construct(self, x):
+        return self.apply(x, *self.weights())
+
+    def apply(self, x, *weights):
+        # without a branch: MindSpore loses those of a function that two gradients call
+        return self.product(x, *weights)
 
 
 class PlacesToTokens(layers.PlacesToTokens):
@@ -109,10 +112,7 @@ class PlacesToTokens(layers.PlacesToTokens):
         self.product = product(True, False, dtype, has_bias)
 
     def construct(self, x):
-        x = x.reshape(x.shape[0], self.in_channels, -1)
-        if self.has_bias:
-            return self.product(x, self.weight, self.bias)
-        return self.product(x, self.weight)
+        return self.product(x.reshape(x.shape[0], self.in_channels, -1), *self.weights())
 
 
 class TokensToPlaces(layers.TokensToPlaces):
@@ -124,10 +124,7 @@ class TokensToPlaces(layers.TokensToPlaces):
         self.product = product(False, True, dtype, has_bias)
 
     def construct(self, x, height, width):
-        if self.has_bias:
-            y = self.product(x, self.weight, self.bias)
-        else:
-            y = self.product(x, self.weight)
+        y = self.product(x, *self.weights())
         return y.reshape(x.shape[0], self.out_channels, height, width)
 
 
@@ -198,7 +195,7 @@ class Conv2d(layers.Conv2d):
 
 
 class UpsampledConvolution(ConvolutionBase):
-    """Of x made twice as large; forward by sums of the weights on the small map, 4/9 of the multiplications."""
+    """Of x made twice as large; forward by sums of the weights on the small map, 4/9 of the products."""
 
     def __init__(self, rounds: bool) -> None:
         super().__init__(1, (1, 1, 1, 1), rounds)
@@ -293,10 +290,10 @@ class Attention(nn.Cell):
 
     def __init__(
         self, heads: int, causal: bool = False, length: int = 0, upcast: bool = False, fuses: bool = False,
-        rounds: bool = False,
+        dtype=ms.float32,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.options = options(heads, causal, rounds and not upcast)
+        self.options = options(heads, causal, dtype == ms.bfloat16 and not upcast)
         self.forward = operator("Attention", same)
         self.backward = operator("AttentionGradient", lambda q, k, v, dout, _: (q, k, v), 3)
 

@@ -14,7 +14,7 @@ from typing import IO
 from ldm import files
 from ldm.device import is_dry_run, soc
 from ldm.memory import LARGE, memory_is_low
-from ldm.networks.native_operators import library
+from ldm.operators import library
 
 COMPLETE = "complete"  # the file that says that a folder of compiled graphs is whole
 RESTARTED = "DREAMBOOTH_STARTED_AGAIN"

@@ -12,6 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops.auto_generate import SplitWithSize
 
 from ldm.device import is_on_cpu
+from ldm.operators import library, operator
 from ldm.ranks import Ranks
 from ldm.training.loss import DreamBoothLoss
 from ldm.training.masters import Masters, in_place, put
@@ -108,10 +109,15 @@ class GlobalNorm(nn.Cell):
         super().__init__(auto_prefix=False)
         self.is_wanted, self.is_on_cpu = is_wanted, is_on_cpu()
         self.map, self.total = ops.HyperMap(), sum_of_all()
+        self.adds_up_at_once = self.is_on_cpu and library() is not None
+        if self.adds_up_at_once:
+            self.square_sum = operator("SquareSum", lambda *_: [1])
 
     def construct(self, gradients, factor):
         if not self.is_wanted:
             return Tensor(0.0, ms.float32)
+        if self.adds_up_at_once:
+            return ops.sqrt(self.square_sum(*gradients)).reshape(()) * factor
         if self.is_on_cpu:
             parts = ops.cat(self.map(ops.partial(_norm_part, self.total), gradients))
             return ops.sqrt(self.total(ops.square(parts))) * factor

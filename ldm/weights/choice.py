@@ -46,7 +46,7 @@ def open_model(options: ModelOptions) -> Source:
 
 def put_on_device(options, source: Source):
     """Options of either command, and the model, with the device in use and the precision that networks
-    compute in there. Raises as ldm.device.start_device and ldm.device.settle_precision do.
+    compute in there. Raises as ldm.device.start_device and ldm.precision.settle_precision do.
     """
     device = start_device(options.device, options.mode, options.deterministic)
     source = source.on_this_device(options.precision, options.force_precision)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldm.config import ModelConfig, check_model_config
-from ldm.device import settle_precision
 from ldm.files import sha256_of
+from ldm.precision import settle_precision
 from ldm.values import absent
 from ldm.weights.arrays import Arrays, Joined
 from ldm.weights.digests import DIGESTS, recorded_digests
@@ -48,7 +48,7 @@ class Source:
     is_mended: bool = False
 
     def on_this_device(self, precision: str = "auto", is_forced: bool = False) -> "Source":
-        """With the precision settled that its model computes in, see ldm.device.settle_precision."""
+        """With the precision settled that its model computes in, see ldm.precision.settle_precision."""
         settled = settle_precision(precision, self.config.precision, is_forced)
         return replace(self, config=replace(self.config, precision=settled))
 

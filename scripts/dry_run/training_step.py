@@ -54,9 +54,10 @@ def step(flags: list[str], size: int) -> None:
 
     from ldm.command_line import collect, make_parser
     from ldm.config import read_model_config
-    from ldm.device import settle_precision, start_device
+    from ldm.device import start_device
     from ldm.networks.latent_diffusion import build_model
     from ldm.options import TrainOptions
+    from ldm.precision import settle_precision
     from ldm.ranks import Ranks
     from ldm.training.lora import plan_lora
     from ldm.training.trainer import build_trainer

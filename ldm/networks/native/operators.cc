@@ -445,6 +445,7 @@ struct Moments {
       int count, void **p, int *dims, int64_t **shapes, const char **, void *, void *)
 // To be called before the first operator runs.
 extern "C" __attribute__((visibility("default"))) void use_threads(int number) { Threads::wanted() = number; }
+extern "C" __attribute__((visibility("default"))) int has_bfloat16() { return HAS_BFLOAT16; }
 
 #define BEGIN Call call{p, dims, shapes}; (void)count
 

@@ -1,6 +1,6 @@
-"""Operators of `native/operators.cc`, which a C++ compiler of this machine makes once, for its processor.
+"""The operators of networks/native/operators.cc, which a C++ compiler makes once, for the processor at hand.
 
-Where there is no compiler, the networks are built of MindSpore's own operators instead: see `layers_cpu`.
+Where there is no compiler, the networks are built of MindSpore's own operators: see networks/layers_cpu.py.
 """
 
 import ctypes
@@ -15,12 +15,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import mindspore as ms
-from mindspore import ops
-
 from ldm import files
 
-SOURCES = Path(__file__).with_name("native")
+SOURCES = Path(__file__).parent / "networks" / "native"
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
 logger = logging.getLogger(__name__)
 
@@ -49,6 +46,7 @@ def library() -> Path | None:
 
 
 def _compile(program: str, found: Path) -> bool:
+    logger.info("compiling the operators for this processor, once")
     try:
         found.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=found.parent) as folder:
@@ -73,7 +71,15 @@ def processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
-def operator(name: str, shapes, answers: int = 1) -> ops.Custom:
+def has_bfloat16() -> bool:
+    """Whether the operators multiply bfloat16 here: where the processor does (AVX512-BF16)."""
+    return library() is not None and bool(ctypes.CDLL(str(library())).has_bfloat16())
+
+
+def operator(name: str, shapes, answers: int = 1):
     """An operator by its name; `shapes`: of its answer, or a tuple of them, of the shapes of its inputs."""
+    import mindspore as ms
+    from mindspore import ops
+
     dtypes = ms.float32 if answers == 1 else (ms.float32,) * answers
     return ops.Custom(f"{library()}:{name}", shapes, lambda *_: dtypes, func_type="aot")
