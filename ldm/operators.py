@@ -76,10 +76,18 @@ def has_bfloat16() -> bool:
     return library() is not None and bool(ctypes.CDLL(str(library())).has_bfloat16())
 
 
-def operator(name: str, shapes, answers: int = 1):
-    """An operator by its name; `shapes`: of its answer, or a tuple of them, of the shapes of its inputs."""
+def operator(name: str, shapes, answers: int = 1, kind: tuple = ()):
+    """An operator by its name.
+
+    Args:
+        shapes: the shape of its answer, or a tuple of them, of the shapes of its inputs.
+        answers: how many there are.
+        kind: what else `shapes` depends on. MindSpore takes two operators of one name for the same unless
+            something that it sees tells them apart, and one's shapes for the other's.
+    """
     import mindspore as ms
     from mindspore import ops
 
     dtypes = ms.float32 if answers == 1 else (ms.float32,) * answers
-    return ops.Custom(f"{library()}:{name}", shapes, lambda *_: dtypes, func_type="aot")
+    made = ops.Custom(f"{library()}:{name}", shapes, lambda *_: dtypes, func_type="aot")
+    return made.add_prim_attr("kind", repr((answers, kind)))

@@ -7,6 +7,8 @@ a fraction of the time. `native/operators.cc` has them. dtype bfloat16: the fact
 it; all else, weights and sums among it, is float32.
 """
 
+import functools
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -60,9 +62,9 @@ class DenseProduct(nn.Cell):
     def __init__(self, takes_places: bool, gives_places: bool, rounds: bool, has_bias: bool) -> None:
         super().__init__()
         forward, backward = self.SHAPES[takes_places, gives_places], self.SHAPES[gives_places, takes_places]
-        self.options = options(takes_places, gives_places, rounds)
-        self.forward = operator("Dense", forward)
-        self.of_input = operator("DenseInput", lambda dy, w, _: backward(dy, [w[1]]))
+        self.options, kind = options(takes_places, gives_places, rounds), (takes_places, gives_places)
+        self.forward = operator("Dense", forward, kind=kind)
+        self.of_input = operator("DenseInput", lambda dy, w, _: backward(dy, [w[1]]), kind=kind)
         self.of_weight = operator("DenseWeight", lambda dy, x, w, _: w)
         self.of_weights = operator("DenseWeight", lambda dy, x, w, _: (w, [w[0]]), 2)
 
@@ -85,6 +87,7 @@ class ProductAndBias(DenseProduct):
         return self.of_input(dout, weight, self.options), dw, db
 
 
+@functools.cache  # one for all layers: MindSpore reads the code of each cell
 def product(takes_places: bool, gives_places: bool, dtype, has_bias: bool) -> nn.Cell:
     kind = ProductAndBias if has_bias else Product
     return kind(takes_places, gives_places, dtype == ms.bfloat16, has_bias)
@@ -148,7 +151,8 @@ class ConvolutionBase(nn.Cell):
 
         self.is_strided = stride > 1
         self.options = options(stride, top, left, rounds)
-        self.forward, self.of_input = operator("Convolution", forward), operator("ConvolutionInput", of_input)
+        self.forward = operator("Convolution", forward, kind=(stride, padding))
+        self.of_input = operator("ConvolutionInput", of_input, kind=(stride, padding))
         self.of_weight = operator("ConvolutionWeight", lambda dy, x, w, _: w)
         self.of_weights = operator("ConvolutionWeight", lambda dy, x, w, _: (w, [w[0]]), 2)
 
@@ -175,6 +179,12 @@ class ConvolutionAndBias(ConvolutionBase):
         return self.input_gradient(x, weight, dout), dw, db
 
 
+@functools.cache
+def convolution(stride: int, padding: tuple[int, int, int, int], dtype, has_bias: bool) -> nn.Cell:
+    kind = ConvolutionAndBias if has_bias else Convolution
+    return kind(stride, padding, dtype == ms.bfloat16)
+
+
 class Conv2d(layers.Conv2d):
     def __init__(  # noqa: PLR0913
         self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding=0,
@@ -185,8 +195,7 @@ class Conv2d(layers.Conv2d):
             self.convolution = product(True, True, dtype, has_bias)
         else:
             sides = padding if isinstance(padding, tuple) else (padding,) * 4
-            kind = ConvolutionAndBias if has_bias else Convolution
-            self.convolution = kind(stride, sides, dtype == ms.bfloat16)
+            self.convolution = convolution(stride, sides, dtype, has_bias)
 
     def construct(self, x):
         if self.has_bias:
@@ -238,12 +247,17 @@ class Norm(nn.Cell):
         return self.backward(dout, x, gamma, beta, self.options)
 
 
+@functools.cache
+def norm(name: str, *values: float) -> nn.Cell:
+    return Norm(name, *values)
+
+
 class GroupNorm(layers.GroupNorm):
     HAS_SILU = False
 
     def __init__(self, groups: int, channels: int, epsilon: float) -> None:
         super().__init__(groups, channels, epsilon)
-        self.norm = Norm("GroupNorm", groups, self.HAS_SILU, epsilon)
+        self.norm = norm("GroupNorm", groups, self.HAS_SILU, epsilon)
 
     def construct(self, x):
         return self.norm(x, self.gamma, self.beta)
@@ -256,7 +270,7 @@ class GroupNormSiLU(GroupNorm):
 class LayerNorm(layers.LayerNorm):
     def __init__(self, channels: int, epsilon: float = 1e-5) -> None:
         super().__init__(channels, epsilon)
-        self.norm = Norm("LayerNorm", epsilon)
+        self.norm = norm("LayerNorm", epsilon)
 
     def apply(self, x, gamma, beta):
         return self.norm(x, gamma, beta)
@@ -277,10 +291,12 @@ class Activation(nn.Cell):
         return (self.backward(dout, x),)
 
 
+@functools.cache
 def GELU() -> nn.Cell:
     return Activation("Gelu", same)
 
 
+@functools.cache
 def GatedGELU() -> nn.Cell:
     return Activation("GatedGelu", lambda x: [*x[:-1], x[-1] // 2])
 

@@ -204,3 +204,22 @@ def test_without_a_compiler_the_layers_are_mindspores(fresh, monkeypatch, caplog
         layers = layers_of_this_device()
     assert layers.Dense.func is layers_cpu.Dense and says in caplog.text
     assert not operators.has_bfloat16()
+
+
+def test_operators_of_one_name_are_told_apart_by_their_kind():
+    """MindSpore keeps the shapes that it found for an operator's name and inputs."""
+
+    class All(ms.nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.plain = native.Conv2d(8, 8, 3, padding=1)
+            self.strided, self.dense = native.Conv2d(8, 8, 3, stride=2, padding=1), native.Dense(8, 8)
+            self.to_places = native.TokensToPlaces(8, 8)
+
+        def construct(self, x):
+            small = self.strided(x)
+            tokens = small.reshape(1, 8, 8)  # as many channels as places
+            return self.plain(x), small, self.dense(tokens), self.to_places(tokens, 2, 4)
+
+    shapes = [answer.shape for answer in All()(ms.Tensor(np.ones((1, 8, 4, 8), np.float32)))]
+    assert shapes == [(1, 8, 4, 8), (1, 8, 2, 4), (1, 8, 8), (1, 8, 2, 4)]
