@@ -98,7 +98,8 @@ class CompileCache:
         else:
             os.environ["MS_COMPILER_CACHE_PATH"] = self._given
         logging.shutdown()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        # with Python's variables: MindSpore sets OMP_NUM_THREADS to 1 for itself, where only C sees it
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ)
 
 
 def _key(facts: dict) -> str:
