@@ -188,10 +188,11 @@ def profile(step, steps: int) -> dict:
 
 
 def kind_of(row: dict) -> str:
-    """MindSpore calls this project's own operators by one name: here each has that of its cell."""
-    if row["op_type"] != "Custom":
-        return row["op_type"]
-    return row["full_op_name"].split("/")[-2].rpartition("-")[2]
+    """MindSpore calls this project's own operators by one name: here each has that of its cell, which a graph
+    of the compile cache no longer knows.
+    """
+    cell = row["full_op_name"].split("/")[-2].rpartition("-")[2]
+    return cell if row["op_type"] == "Custom" and cell != "Default" else row["op_type"]
 
 
 def read_profile(folder: Path, steps: int) -> list[dict]:
