@@ -59,7 +59,7 @@ class DenseProduct(nn.Cell):
         (False, True): tokens_to_places_shape, (True, True): pointwise_shape,
     }  # fmt: skip
 
-    def __init__(self, takes_places: bool, gives_places: bool, rounds: bool, has_bias: bool) -> None:
+    def __init__(self, takes_places: bool, gives_places: bool, rounds: bool) -> None:
         super().__init__()
         forward, backward = self.SHAPES[takes_places, gives_places], self.SHAPES[gives_places, takes_places]
         self.options, kind = options(takes_places, gives_places, rounds), (takes_places, gives_places)
@@ -90,7 +90,7 @@ class ProductAndBias(DenseProduct):
 @functools.cache  # one for all layers: MindSpore reads the code of each cell
 def product(takes_places: bool, gives_places: bool, dtype, has_bias: bool) -> nn.Cell:
     kind = ProductAndBias if has_bias else Product
-    return kind(takes_places, gives_places, dtype == ms.bfloat16, has_bias)
+    return kind(takes_places, gives_places, dtype == ms.bfloat16)
 
 
 class Dense(layers.Dense):

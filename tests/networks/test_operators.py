@@ -48,18 +48,18 @@ def sum_of_squares(*arrays):
 
 # Sizes that no register, panel, tile or line of an image divides. `dense`: see DenseProduct.
 CASES = {
-    "dense": (native.ProductAndBias(False, False, False, True), F.linear, [(3, 41, 37), (53, 37), (53,)]),
-    "dense_large": (native.Product(False, False, False, False), F.linear, [(700, 601), (530, 601)]),
+    "dense": (native.ProductAndBias(False, False, False), F.linear, [(3, 41, 37), (53, 37), (53,)]),
+    "dense_large": (native.Product(False, False, False), F.linear, [(700, 601), (530, 601)]),
     "places_to_tokens": (
-        native.ProductAndBias(True, False, False, True), lambda x, w, b: F.linear(x.mT, w, b),
+        native.ProductAndBias(True, False, False), lambda x, w, b: F.linear(x.mT, w, b),
         [(3, 37, 41), (53, 37), (53,)],
     ),
     "tokens_to_places": (
-        native.ProductAndBias(False, True, False, True), lambda x, w, b: F.linear(x, w, b).mT,
+        native.ProductAndBias(False, True, False), lambda x, w, b: F.linear(x, w, b).mT,
         [(3, 41, 37), (53, 37), (53,)],
     ),
     "pointwise": (
-        native.ProductAndBias(True, True, False, True), F.conv2d, [(3, 37, 5, 9), (53, 37, 1, 1), (53,)]
+        native.ProductAndBias(True, True, False), F.conv2d, [(3, 37, 5, 9), (53, 37, 1, 1), (53,)]
     ),
     "convolution": (
         native.ConvolutionAndBias(1, (1, 1, 1, 1), False), lambda x, w, b: F.conv2d(x, w, b, padding=1),
@@ -149,8 +149,8 @@ def test_a_sum_of_squares_of_many_arrays():
 
 @pytest.mark.skipif(not operators.has_bfloat16(), reason="of a processor with AVX512-BF16")
 @pytest.mark.parametrize("name, cell", [
-    ("dense", native.ProductAndBias(False, False, True, True)),
-    ("dense_large", native.Product(False, False, True, False)),
+    ("dense", native.ProductAndBias(False, False, True)),
+    ("dense_large", native.Product(False, False, True)),
     ("convolution", native.ConvolutionAndBias(1, (1, 1, 1, 1), True)),
     ("attention", native.Attention(3, dtype=ms.bfloat16)),
 ])  # fmt: skip
@@ -168,8 +168,9 @@ def test_products_of_bfloat16(name, cell):
 def test_networks_in_bfloat16_are_those_in_float32_to_a_hundredth():
     model, arrays = random_model(SHALLOW), inputs(SHALLOW, 2)
     half = build_model(SHALLOW, initialise=True, layers=LayerSet(native, ms.bfloat16))
+    weights = weights_as_arrays(model)
     for parameter in half.get_parameters():
-        parameter.set_data(ms.Tensor(weights_as_arrays(model)[parameter.name]))
+        parameter.set_data(ms.Tensor(weights[parameter.name]))
     expected, found = outputs(model, *arrays), outputs(half, *arrays)
     errors = {name: relative_error(found[name], expected[name]) for name in expected}
     print({name: f"{error:.1e}" for name, error in errors.items()})

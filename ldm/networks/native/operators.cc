@@ -128,6 +128,25 @@ template <class F> inline void in_samples(int64_t start, int64_t count, int64_t 
   }
 }
 
+// Tokens, which are one sample, become as many as the other side has.
+inline void share_samples(Side &a, Side &b) {
+  int64_t samples = std::max(a.samples, b.samples);
+  for (Side *side : {&a, &b}) {
+    if (!side->is_places) side->places /= samples, side->samples = samples;
+  }
+}
+
+// A factor of channels over the places of all samples, one after the other.
+template <int WIDTH> inline auto of_samples(const float *p, Side side) {
+  return [=](float *panel, int64_t i, int64_t count, int64_t k, int64_t depth) {
+    in_samples(k, depth, side.places, [&](int64_t sample, int64_t place, int64_t some, int64_t done) {
+      Matrix m = side.matrix(p, sample);
+      const float *from = m.p + place * m.down + i * m.across;
+      copy_panel<WIDTH>(panel + done * WIDTH, from, m.across, m.down, count, some);
+    });
+  };
+}
+
 // By all threads where the samples go round among them, else each by all of them.
 template <class F> inline void for_samples(int64_t samples, F f) {
   if (samples % Threads::all().count() == 0 || samples > 4 * Threads::all().count()) {
@@ -139,11 +158,8 @@ template <class F> inline void for_samples(int64_t samples, F f) {
 
 // y = x w^T + bias; w is (channels of y, channels of x).
 void dense(const float *x, Side of_x, Matrix w, const float *bias, float *y, Side of_y, bool rounds) {
-  // tokens are one sample: as many as the other side has
-  Side &one = of_x.is_places ? of_y : of_x;
-  int64_t samples = std::max(of_x.samples, of_y.samples);
-  if (!one.is_places) one.samples = samples, one.places /= samples;
-  for_samples(samples, [&](int64_t sample) {
+  share_samples(of_x, of_y);
+  for_samples(of_x.samples, [&](int64_t sample) {
     Matrix in = of_x.matrix(x, sample);
     Target target;
     target.p = y + sample * of_y.places * of_y.channels;
@@ -192,26 +208,9 @@ void channel_sums(const float *x, Side of_x, float *sums) {
 
 // Of a dense layer's weight: dw = dy^T x, (channels of y, channels of x).
 void dense_weight(const float *dy, Side of_y, const float *x, Side of_x, float *dw, bool rounds) {
-  int64_t samples = std::max(of_x.samples, of_y.samples);
-  for (Side *side : {&of_x, &of_y}) {
-    if (!side->is_places) side->samples = samples, side->places /= samples;
-  }
-  int64_t places = of_x.places;
-  auto left = [&](float *panel, int64_t i, int64_t count, int64_t k, int64_t depth) {
-    in_samples(k, depth, places, [&](int64_t sample, int64_t place, int64_t some, int64_t done) {
-      Matrix m = of_y.matrix(dy, sample);
-      const float *p = m.p + place * m.down + i * m.across;
-      copy_panel<ROWS>(panel + done * ROWS, p, m.across, m.down, count, some);
-    });
-  };
-  auto right = [&](float *panel, int64_t j, int64_t count, int64_t k, int64_t depth) {
-    in_samples(k, depth, places, [&](int64_t sample, int64_t place, int64_t some, int64_t done) {
-      Matrix m = of_x.matrix(x, sample);
-      const float *p = m.p + place * m.down + j * m.across;
-      copy_panel<COLUMNS>(panel + done * COLUMNS, p, m.across, m.down, count, some);
-    });
-  };
-  multiply(of_y.channels, of_x.channels, samples * places, left, right, Target{dw, of_x.channels}, rounds);
+  share_samples(of_x, of_y);
+  multiply(of_y.channels, of_x.channels, of_x.samples * of_x.places, of_samples<ROWS>(dy, of_y),
+           of_samples<COLUMNS>(x, of_x), Target{dw, of_x.channels}, rounds);
 }
 
 // ---- convolutions
@@ -532,17 +531,10 @@ OPERATOR(ConvolutionInput) {
 OPERATOR(ConvolutionWeight) {
   BEGIN;
   Neighbours near(call.in(1), shape_of(call, 1, 2, 3, 0));
-  int64_t channels = call.size(0, 1), places = near.places();
-  const float *dy = call.in(0);
-  auto left = [&](float *panel, int64_t i, int64_t rows, int64_t k, int64_t depth) {
-    in_samples(k, depth, places, [&](int64_t sample, int64_t place, int64_t some, int64_t done) {
-      const float *from = dy + (sample * channels + i) * places + place;
-      copy_panel<ROWS>(panel + done * ROWS, from, places, 1, rows, some);
-    });
-  };
-  multiply(channels, near.depth(), call.size(0, 0) * places, left, near.by_weight(),
-           Target{call.out(4), near.depth()}, call.in(3)[3] != 0);
-  if (count > 5) channel_sums(dy, Side::of(call, 0, true), call.out(5));
+  Side of_y = Side::of(call, 0, true);
+  multiply(of_y.channels, near.depth(), of_y.samples * of_y.places, of_samples<ROWS>(call.in(0), of_y),
+           near.by_weight(), Target{call.out(4), near.depth()}, call.in(3)[3] != 0);
+  if (count > 5) channel_sums(call.in(0), of_y, call.out(5));
   return 0;
 }
 

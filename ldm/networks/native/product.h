@@ -3,7 +3,6 @@
 // a matrix, a transposed one, or the neighbourhoods of an image, which are then written down nowhere.
 #pragma once
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "parallel.h"
@@ -26,7 +25,6 @@ constexpr int TILE_ROWS = 40 * ROWS, TILE_COLUMNS = 16 * COLUMNS;
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 
 inline Vec load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 inline void store(float *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
@@ -51,7 +49,7 @@ inline void transpose(Vec *rows) {
   }
 }
 
-// panel[k * WIDTH + i] = p[i * across + k * along], zero for i >= count. May write LANES values behind it.
+// panel[k * WIDTH + i] = p[i * across + k * along], zero for i >= count.
 template <int WIDTH>
 void copy_panel(float *panel, const float *p, int64_t across, int64_t along, int64_t count, int64_t depth) {
   constexpr int STEP = WIDTH < LANES ? WIDTH : LANES;
