@@ -76,7 +76,7 @@ def has_bfloat16() -> bool:
     return library() is not None and bool(ctypes.CDLL(str(library())).has_bfloat16())
 
 
-def operator(name: str, shapes, answers: int = 1, kind: tuple = ()):
+def operator(name: str, shapes, answers: int = 1, kind: tuple = (), writes: tuple = ()):
     """An operator by its name.
 
     Args:
@@ -84,10 +84,17 @@ def operator(name: str, shapes, answers: int = 1, kind: tuple = ()):
         answers: how many there are.
         kind: what else `shapes` depends on. MindSpore takes two operators of one name for the same unless
             something that it sees tells them apart, and one's shapes for the other's.
+        writes: for each input, whether it is a parameter that is written to; (): none is.
     """
     import mindspore as ms
     from mindspore import ops
+    from mindspore.ops import signature
 
     dtypes = ms.float32 if answers == 1 else (ms.float32,) * answers
     made = ops.Custom(f"{library()}:{name}", shapes, lambda *_: dtypes, func_type="aot")
-    return made.add_prim_attr("kind", repr((answers, kind)))
+    made.add_prim_attr("kind", repr((answers, kind)))
+    if writes:  # MindSpore orders it after all that reads them before, and before all that reads them later
+        access = (signature.sig_rw.RW_READ, signature.sig_rw.RW_WRITE)
+        made.set_signatures([signature.make_sig(f"x{i}", access[its]) for i, its in enumerate(writes)])
+        made.add_prim_attr("side_effect_mem", True)
+    return made

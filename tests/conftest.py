@@ -32,7 +32,7 @@ from ldm.config import (  # noqa: E402
 from ldm.networks import layer_set  # noqa: E402
 from ldm.networks.latent_diffusion import build_model  # noqa: E402
 from ldm.sampling.text_to_image import TextToImage  # noqa: E402
-from ldm.training import train_step, trainer  # noqa: E402
+from ldm.training import other_optimizers, train_step, trainer  # noqa: E402
 from ldm.weights.arrays import ArraysInMemory  # noqa: E402
 from ldm.weights.checkpoint import weights_of  # noqa: E402
 from ldm.weights.diffusers_folder import as_diffusers, diffusers_configs  # noqa: E402
@@ -210,7 +210,7 @@ def accelerator(monkeypatch) -> None:
     """The layers and the joined float32 masters of an accelerator; of the first Ascend 910, for a CPU has no
     kernels of newer ones.
     """
-    for module in (layer_set, train_step, trainer):
+    for module in (layer_set, other_optimizers, train_step, trainer):
         monkeypatch.setattr(module, "is_on_cpu", lambda: False)
 
 

@@ -208,12 +208,11 @@ class UpsampledConvolution(ConvolutionBase):
 
     def __init__(self, rounds: bool) -> None:
         super().__init__(1, (1, 1, 1, 1), rounds)
-        self.option = options(rounds)
         self.upsampled = operator("UpsampledConvolution", lambda x, w, *_: [x[0], w[0], 2 * x[2], 2 * x[3]])
         self.sum_of_four = ops.ReduceSum()
 
     def construct(self, x, weight, bias):
-        return self.upsampled(x, weight, bias, self.option)
+        return self.upsampled(x, weight, bias)
 
     def bprop(self, x, weight, bias, out, dout):
         batch, channels, height, width = x.shape

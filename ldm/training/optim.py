@@ -10,6 +10,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 from mindspore.ops.auto_generate import AdamW as FusedKernel
 
+from ldm.operators import operator
 from ldm.training.masters import in_place
 
 EPSILON = 1e-8
@@ -230,6 +231,35 @@ class AdamW(Optimizer):
                 update, self.parameters[a:b], self.adam_m[a:b], self.adam_v[a:b], group, self.decayed[a:b]
             )
             done = done + updated
+        return done
+
+
+class OperatorAdamW(AdamW):
+    """The same by this project's operator, one for each group of parameters."""
+
+    def __init__(self, *arguments, **more) -> None:
+        super().__init__(*arguments, **more)
+        self.updates, self.options = (), ()
+        for group, (first, end) in enumerate(self.bounds):
+            count = end - first
+            writes = (True,) * (3 * count) + (False,) * (count + 5)
+            self.updates += (operator("AdamW", lambda *_: [1], kind=(group,), writes=writes),)
+            values = (*self.betas, self.l2, *self.decayed[first:end])
+            self.options += (Tensor(np.array(values, np.float32)),)
+
+    def construct(self, gradients, factor, *scalars):
+        done = ()
+        updated = ()
+        for group in range(len(self.bounds)):
+            (a, b), kind = self.bounds[group], self.kinds_of_groups[group]
+            rate, epsilon, decay = scalars[3 * kind], scalars[3 * kind + 1], scalars[3 * kind + 2]
+            if a > 0:
+                rate = ops.depend(rate, updated)
+            updated = self.updates[group](
+                *self.parameters[a:b], *self.adam_m[a:b], *self.adam_v[a:b], *gradients[a:b],
+                factor, rate, epsilon, decay, self.options[group],
+            )  # fmt: skip
+            done = done + (updated,)
         return done
 
 

@@ -7,10 +7,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
-from ldm.device import has_newer_kernels
+from ldm.device import has_newer_kernels, is_on_cpu
+from ldm.operators import library
 from ldm.options import TrainOptions
 from ldm.training.masters import in_place
-from ldm.training.optim import AdamW, FusedAdamW, Optimizer, Trainees, zeros_beside
+from ldm.training.optim import AdamW, FusedAdamW, OperatorAdamW, Optimizer, Trainees, zeros_beside
 from ldm.training.sums import sum_of_all
 
 LEAST_SQUARE = 1e-30  # Adafactor's epsilon 1
@@ -243,6 +244,10 @@ def make_optimizer(options: TrainOptions, trained: Trainees, scales: bool) -> Op
     """The optimizer that a training's options name. `scales`: see Optimizer."""
     common = trained, options.betas, options.weight_decay, scales
     if options.optim in ("adamw", "adam"):
-        kind = FusedAdamW if has_newer_kernels() else AdamW
+        kind = AdamW
+        if has_newer_kernels():
+            kind = FusedAdamW
+        elif is_on_cpu() and library() is not None and all(p.dtype == ms.float32 for p in trained.parameters):
+            kind = OperatorAdamW
         return kind(*common, decoupled=options.optim == "adamw")
     return {"adafactor": Adafactor, "lion": Lion, "prodigy": Prodigy}[options.optim](*common)

@@ -151,7 +151,7 @@ def test_a_sum_of_squares_of_many_arrays():
 @pytest.mark.parametrize("name, cell", [
     ("dense", native.ProductAndBias(False, False, True)),
     ("dense_large", native.Product(False, False, True)),
-    ("convolution", native.ConvolutionAndBias(1, (1, 1, 1, 1), True)),
+    ("strided", native.Convolution(2, (1, 1, 1, 1), True)),
     ("attention", native.Attention(3, dtype=ms.bfloat16)),
 ])  # fmt: skip
 def test_products_of_bfloat16(name, cell):

@@ -8,7 +8,7 @@ import torch
 from mindspore import Parameter
 
 from ldm.training.masters import has_weight_decay
-from ldm.training.optim import AdamW, FusedAdamW, MovingAverage, Trainees
+from ldm.training.optim import AdamW, FusedAdamW, MovingAverage, OperatorAdamW, Trainees
 
 NAMES = ["layer.weight", "layer.bias", "norm.gamma", "norm.beta", "embedding_table"]
 
@@ -17,7 +17,7 @@ def test_norms_and_biases_are_not_decayed():
     assert [name for name in NAMES if has_weight_decay(name)] == ["layer.weight", "embedding_table"]
 
 
-@pytest.mark.parametrize("kind", [AdamW, FusedAdamW])
+@pytest.mark.parametrize("kind", [AdamW, OperatorAdamW, FusedAdamW])
 @pytest.mark.parametrize("decoupled", [True, False], ids=["adamw", "adam"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_updates_equal_torch(kind, decoupled, weight_decay, monkeypatch):

@@ -4,7 +4,7 @@
 // an answer are always added up in the same order, whatever the number of threads.
 #include <cmath>
 
-#include "product.h"
+#include "winograd.h"
 
 namespace {
 
@@ -240,13 +240,12 @@ class Neighbours {
     });
   }
   int64_t places() const { return s_.out_height * s_.out_width; }
-  int64_t depth() const { return s_.channels * s_.kernel * s_.kernel; }
 
-  // The right factor of a convolution, (weights, places), from a place on.
-  auto by_place(int64_t start = 0) const {
-    return [this, start](float *panel, int64_t j, int64_t count, int64_t k, int64_t depth) {
+  // The right factor of a convolution, (weights, places).
+  auto by_place() const {
+    return [this](float *panel, int64_t j, int64_t count, int64_t k, int64_t depth) {
       int64_t at[COLUMNS], run = COLUMNS;
-      for (int i = 0; i < count; ++i) at[i] = of_place(start + j + i);
+      for (int i = 0; i < count; ++i) at[i] = of_place(j + i);
       while (run > 1 && !is_in_runs(at, count, run)) run /= 2;
       if (count < COLUMNS) memset(panel, 0, sizeof(float) * COLUMNS * depth);
       for (int64_t i = 0; i < depth; ++i, panel += COLUMNS) {
@@ -486,18 +485,48 @@ Neighbours::Shape shape_of(const Call &call, int i, int w, int options, int y) {
           static_cast<int64_t>(o[0]), static_cast<int64_t>(o[1]), static_cast<int64_t>(o[2]), 1,
           call.size(y, 2), call.size(y, 3)};
 }
+
+TiledMap tiled(const float *x, const Neighbours::Shape &s) {
+  return {x, s.samples, s.channels, s.height, s.width, s.top, s.left, s.out_height, s.out_width};
+}
+
+// Whether tiles need less than direct products, which also have less to copy.
+bool is_for_tiles(const Neighbours::Shape &s) {
+  if (s.kernel != 3 || s.stride != 1 || s.spread != 1 || s.channels < LANES) return false;
+  int64_t of_tiles = 16 * rounded(tiled(nullptr, s).tiles(), COLUMNS);
+  return 5 * of_tiles < 4 * 9 * rounded(s.samples * s.out_height * s.out_width, COLUMNS);
+}
+
+// Writes the lines of an answer of so many channels.
+auto to_map(float *y, int64_t channels, const Neighbours::Shape &s, const float *bias) {
+  return [=](int64_t channel, int64_t sample, int64_t top, int64_t left, int64_t count, const float *values) {
+    float *to = y + ((sample * channels + channel) * s.out_height + top) * s.out_width + left;
+    float add = bias ? bias[channel] : 0;
+    for (int64_t i = 0; i < count; ++i) to[i] = values[i] + add;
+  };
+}
 }  // namespace
 
 // x (B, C, H, W), w (N, C, K, K)[, bias], options (stride, top, left, rounds): y
 OPERATOR(Convolution) {
   BEGIN;
   int options = count - 2, y = count - 1;
-  Neighbours near(call.in(0), shape_of(call, 0, 1, options, y));
-  int64_t channels = call.size(y, 1), places = near.places();
-  Target target{call.out(y), places, places, channels * places};
-  target.bias = options == 3 ? call.in(2) : nullptr;
-  multiply(channels, call.size(0, 0) * places, near.depth(), rows_of({call.in(1), near.depth(), 1}),
-           near.by_place(), target, call.in(options)[3] != 0);
+  Neighbours::Shape shape = shape_of(call, 0, 1, options, y);
+  int64_t channels = call.size(y, 1), depth = shape.channels * shape.kernel * shape.kernel;
+  Matrix w{call.in(1), depth, 1};
+  const float *bias = options == 3 ? call.in(2) : nullptr;
+  if (is_for_tiles(shape)) {
+    auto weights = [&](float *to, int64_t i, int64_t count, int64_t k, int64_t deep) {
+      rows_of(w)(to, i, count, 9 * k, 9 * deep);
+    };
+    convolve_tiles<3>(tiled(call.in(0), shape), channels, weights, to_map(call.out(y), channels, shape, bias));
+    return 0;
+  }
+  Neighbours near(call.in(0), shape);
+  Target target{call.out(y), near.places(), near.places(), channels * near.places()};
+  target.bias = bias;
+  multiply(channels, shape.samples * near.places(), depth, rows_of(w), near.by_place(), target,
+           call.in(options)[3] != 0);
   return 0;
 }
 
@@ -505,48 +534,58 @@ OPERATOR(Convolution) {
 OPERATOR(ConvolutionInput) {
   BEGIN;
   int dx = count - 1;
-  const float *o = call.in(count - 2);
+  const float *o = call.in(count - 2), *w = call.in(1);
   int64_t kernel = call.size(1, 2), square = kernel * kernel, channels = call.size(dx, 1), outs = call.size(0, 1);
-  Neighbours near(call.in(0), {call.size(0, 0), outs, call.size(0, 2), call.size(0, 3), kernel, 1,
-                               kernel - 1 - static_cast<int64_t>(o[1]), kernel - 1 - static_cast<int64_t>(o[2]),
-                               static_cast<int64_t>(o[0]), call.size(dx, 2), call.size(dx, 3)});
-  Array turned = new_array(outs * channels * square);  // (C, N, K, K)
-  constexpr int64_t SOME = 16;
-  Threads::all().for_each(parts(outs, SOME), [&](int64_t task) {
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      for (int64_t out = task * SOME; out < std::min(outs, (task + 1) * SOME); ++out) {
-        const float *from = call.in(1) + (out * channels + channel) * square;
-        float *to = turned.get() + (channel * outs + out) * square;
-        for (int64_t i = 0; i < square; ++i) to[i] = from[square - 1 - i];
-      }
+  Neighbours::Shape shape{call.size(0, 0), outs, call.size(0, 2), call.size(0, 3), kernel, 1,
+                          kernel - 1 - static_cast<int64_t>(o[1]), kernel - 1 - static_cast<int64_t>(o[2]),
+                          static_cast<int64_t>(o[0]), call.size(dx, 2), call.size(dx, 3)};
+  // panels of (outs and places of the weight, channels)
+  auto turned = [=](float *to, int64_t i, int64_t count, int64_t k, int64_t deep) {
+    for (int64_t end = k + deep; k < end; ++k, to += ROWS) {
+      const float *from = w + (k / square * channels + i) * square + square - 1 - k % square;
+      for (int64_t row = 0; row < ROWS; ++row) to[row] = row < count ? from[row * square] : 0;
     }
-  });
-  int64_t places = near.places();
-  multiply(channels, call.size(0, 0) * places, near.depth(), rows_of({turned.get(), near.depth(), 1}),
-           near.by_place(), Target{call.out(dx), places, places, channels * places}, o[3] != 0);
+  };
+  if (is_for_tiles(shape)) {
+    auto weights = [&](float *to, int64_t i, int64_t count, int64_t k, int64_t deep) {
+      turned(to, i, count, 9 * k, 9 * deep);
+    };
+    convolve_tiles<3>(tiled(call.in(0), shape), channels, weights, to_map(call.out(dx), channels, shape, nullptr));
+    return 0;
+  }
+  Neighbours near(call.in(0), shape);
+  multiply(channels, shape.samples * near.places(), outs * square, turned, near.by_place(),
+           Target{call.out(dx), near.places(), near.places(), channels * near.places()}, o[3] != 0);
   return 0;
 }
 
 // dy, x, w, options: dw[, sums of dy: the gradient of the bias]
 OPERATOR(ConvolutionWeight) {
   BEGIN;
-  Neighbours near(call.in(1), shape_of(call, 1, 2, 3, 0));
+  Neighbours::Shape shape = shape_of(call, 1, 2, 3, 0);
   Side of_y = Side::of(call, 0, true);
-  multiply(of_y.channels, near.depth(), of_y.samples * of_y.places, of_samples<ROWS>(call.in(0), of_y),
-           near.by_weight(), Target{call.out(4), near.depth()}, call.in(3)[3] != 0);
+  if (is_for_tiles(shape)) {
+    TiledMap answers{call.in(0), shape.samples, of_y.channels, shape.out_height, shape.out_width, 0, 0,
+                     shape.out_height, shape.out_width};
+    weights_of_tiles(tiled(call.in(1), shape), answers, call.out(4));
+  } else {
+    Neighbours near(call.in(1), shape);
+    int64_t depth = shape.channels * shape.kernel * shape.kernel;
+    multiply(of_y.channels, depth, of_y.samples * of_y.places, of_samples<ROWS>(call.in(0), of_y), near.by_weight(),
+             Target{call.out(4), depth}, call.in(3)[3] != 0);
+  }
   if (count > 5) channel_sums(call.in(0), of_y, call.out(5));
   return 0;
 }
 
-// x (B, C, H, W), w (N, C, 3, 3), bias, options (rounds): the convolution of x made twice as large: (B, N, 2H, 2W)
+// x (B, C, H, W), w (N, C, 3, 3), bias: the convolution of x made twice as large: (B, N, 2H, 2W)
 // (sub-pixel convolution, Shi et al. 2016: each of a pixel's four answers is a 2x2 convolution of the small map).
 OPERATOR(UpsampledConvolution) {
   BEGIN;
-  int64_t samples = call.size(0, 0), channels = call.size(0, 1), height = call.size(0, 2), width = call.size(0, 3);
-  int64_t outs = call.size(1, 0), wide = width + 1, step = std::max<int64_t>(1, (1 << 24) / (4 * outs * wide));
+  int64_t channels = call.size(0, 1), height = call.size(0, 2), width = call.size(0, 3), outs = call.size(1, 0);
   // window u of the small map (rows u - 1 and u) makes rows 2u - 1 and 2u of the large one
   static const int of_row[2][3] = {{0, 0, 1}, {0, 1, 1}};  // (row of the answer, row of w): row of the window
-  Array sums = new_array(16 * outs * channels), answers = new_array(4 * outs * step * wide);
+  Array sums = new_array(16 * outs * channels);
   Threads::all().for_each(outs, [&](int64_t out) {
     for (int64_t channel = 0; channel < channels; ++channel) {
       const float *w = call.in(1) + (out * channels + channel) * 9;
@@ -559,28 +598,17 @@ OPERATOR(UpsampledConvolution) {
       }
     }
   });
-  for (int64_t sample = 0; sample < samples; ++sample) {
-    Neighbours near(call.in(0) + sample * channels * height * width,
-                    {1, channels, height, width, 2, 1, 1, 1, 1, height + 1, wide});
-    for (int64_t top = 0; top <= height; top += step) {
-      int64_t rows = std::min(step, height + 1 - top);
-      multiply(4 * outs, rows * wide, 4 * channels, rows_of({sums.get(), 4 * channels, 1}),
-               near.by_place(top * wide), Target{answers.get(), rows * wide}, call.in(3)[0] != 0);
-      Threads::all().for_each(outs, [&](int64_t out) {
-        float *plane = call.out(4) + (sample * outs + out) * 4 * height * width;
-        for (int64_t u = top; u < top + rows; ++u) {
-          for (int below = 0; below < 2; ++below) {
-            int64_t y = 2 * u - 1 + below;
-            if (y < 0 || y >= 2 * height) continue;
-            const float *odd = answers.get() + ((2 * below * outs + out) * rows + u - top) * wide;
-            const float *even = odd + outs * rows * wide;
-            float *to = plane + y * 2 * width, add = call.in(2)[out];
-            for (int64_t x = 0; x < width; ++x) to[2 * x] = even[x] + add, to[2 * x + 1] = odd[x + 1] + add;
-          }
-        }
-      });
-    }
-  }
+  auto weights = [&](float *to, int64_t i, int64_t count, int64_t k, int64_t deep) {
+    rows_of({sums.get(), 4 * channels, 1})(to, i, count, 4 * k, 4 * deep);
+  };
+  auto write = [&](int64_t row, int64_t sample, int64_t u, int64_t v, int64_t some, const float *values) {
+    int64_t phase = row / outs, out = row % outs, y = 2 * u - 1 + phase / 2, x = 2 * v - 1 + phase % 2;
+    if (y < 0 || y >= 2 * height) return;
+    float *to = call.out(3) + ((sample * outs + out) * 2 * height + y) * 2 * width, add = call.in(2)[out];
+    for (int64_t i = x < 0; i < some && x + 2 * i < 2 * width; ++i) to[x + 2 * i] = values[i] + add;
+  };
+  TiledMap map{call.in(0), call.size(0, 0), channels, height, width, 1, 1, height + 1, width + 1};
+  convolve_tiles<2>(map, 4 * outs, weights, write);
   return 0;
 }
 
@@ -800,5 +828,35 @@ OPERATOR(SquareSum) {
   double total = 0;
   for (double value : sums) total += value;
   call.out(count - 1)[0] = static_cast<float>(total);
+  return 0;
+}
+
+// Adam in place (Kingma & Ba 2015), of n arrays: all weights, all first and second moments, all gradients, then
+// the gradients' factor, rate and epsilon, in which the bias correction is, decay, and options (beta1, beta2, factor
+// of the weights that is added to the gradient, then of each array, whether weights decay): (1,), nothing.
+OPERATOR(AdamW) {
+  BEGIN;
+  const int n = (count - 6) / 4;
+  const float factor = *call.in(4 * n), rate = *call.in(4 * n + 1), epsilon = *call.in(4 * n + 2);
+  const float decay = *call.in(4 * n + 3), *o = call.in(4 * n + 4);
+  std::vector<std::pair<int, int64_t>> pieces;  // array, start
+  for (int array = 0; array < n; ++array) {
+    for (int64_t start = 0; start < call.size(array); start += PIECE) pieces.push_back({array, start});
+  }
+  Threads::all().for_each(pieces.size(), [&](int64_t task) {
+    auto [array, start] = pieces[task];
+    float *w = call.out(array) + start, *m = call.out(n + array) + start, *v = call.out(2 * n + array) + start;
+    const float *gradient = call.in(3 * n + array) + start;
+    float kept = o[3 + array] ? 1 - decay : 1, added = o[3 + array] ? o[2] : 0;
+    in_vectors(std::min(PIECE, call.size(array) - start), [&](int64_t i, int some) {
+      Vec weight = load(w + i, some), g = load(gradient + i, some) * factor + weight * added;
+      Vec first = load(m + i, some), second = load(v + i, some), root;
+      first += (g - first) * (1 - o[0]), second += (g * g - second) * (1 - o[1]);
+      for (int lane = 0; lane < LANES; ++lane) root[lane] = std::sqrt(second[lane]);
+      store(m + i, first, some), store(v + i, second, some);
+      store(w + i, weight * kept - first * rate / (root + epsilon), some);
+    });
+  });
+  *call.out(count - 1) = 0;
   return 0;
 }

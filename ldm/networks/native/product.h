@@ -31,19 +31,29 @@ inline void store(float *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
 inline int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 inline int64_t rounded(int64_t whole, int64_t part) { return parts(whole, part) * part; }
 
+// Of two vectors, one after the other: every second value, or values of both in turn.
+struct Orders {
+  Ints even, odd, low, high;
+  Orders() {
+    for (int i = 0; i < LANES; ++i) {
+      even[i] = 2 * i, odd[i] = 2 * i + 1;
+      low[i] = i / 2 + i % 2 * LANES, high[i] = low[i] + LANES / 2;
+    }
+  }
+};
+static const Orders ORDERS;
+inline Vec even_values(Vec a, Vec b) { return __builtin_shuffle(a, b, ORDERS.even); }
+inline Vec odd_values(Vec a, Vec b) { return __builtin_shuffle(a, b, ORDERS.odd); }
+inline Vec low_interleaved(Vec a, Vec b) { return __builtin_shuffle(a, b, ORDERS.low); }
+inline Vec high_interleaved(Vec a, Vec b) { return __builtin_shuffle(a, b, ORDERS.high); }
+
 // LANES x LANES values, in log2(LANES) perfect shuffles.
 inline void transpose(Vec *rows) {
-  static const struct Order {
-    Ints low, high;
-    Order() {
-      for (int i = 0; i < LANES; ++i) low[i] = i / 2 + i % 2 * LANES, high[i] = low[i] + LANES / 2;
-    }
-  } order;
   Vec next[LANES];
   for (int step = 1; step < LANES; step *= 2) {
     for (int i = 0; i < LANES / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + LANES / 2], order.low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + LANES / 2], order.high);
+      next[2 * i] = low_interleaved(rows[i], rows[i + LANES / 2]);
+      next[2 * i + 1] = high_interleaved(rows[i], rows[i + LANES / 2]);
     }
     for (int i = 0; i < LANES; ++i) rows[i] = next[i];
   }
@@ -144,6 +154,12 @@ template <int WIDTH> void to_pairs(float *, int64_t) {}
 inline void multiply_pairs(int64_t, const float *, const float *, float *, int64_t, bool) {}
 #endif
 
+// work(0) to work(tasks - 1), by all threads unless it is done before another has woken up.
+template <class F> inline void for_tasks(bool is_small, int64_t tasks, F work) {
+  if (!is_small) return Threads::all().for_each(tasks, work);
+  for (int64_t task = 0; task < tasks; ++task) work(task);
+}
+
 // A matrix in memory: value (i, j) is p[i * down + j * across].
 struct Matrix {
   const float *p;
@@ -234,9 +250,5 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Left left, Right rig
       }
     }
   };
-  if (rows * columns * depth < SMALL) {  // done before another thread has woken up
-    for (int64_t task = 0; task < down * across; ++task) multiply_tile(task);
-  } else {
-    Threads::all().for_each(down * across, multiply_tile);
-  }
+  for_tasks(rows * columns * depth < SMALL, down * across, multiply_tile);
 }
