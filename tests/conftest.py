@@ -160,8 +160,11 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory) -> None:
-    """Nothing that a test runs writes into the user's own cache."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """Nothing that a test runs writes into the user's own cache; tests that run side by side have one."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared-cache"
+    shared.mkdir(exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = str(shared)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -183,6 +186,12 @@ def place(tmp_path_factory) -> Path:
         "sampling_steps: 2\nsample_batch_size: 2\nimage_size: 32\ntrain_data_repeats: 1\n"
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def own_cache(place) -> None:
+    """The commands that run in `place` find an empty cache."""
+    (place / "cache").mkdir()
 
 
 @pytest.fixture

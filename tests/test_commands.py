@@ -19,7 +19,7 @@ from ldm.weights.writing import save_weights
 
 
 @pytest.fixture(scope="module")
-def trained(place):
+def trained(place, own_cache):
     instance = {path: path.read_bytes() for path in (place / "my dog").iterdir()}
     first = train(place, "--output_path=out")
     assert {path: path.read_bytes() for path in (place / "my dog").iterdir()} == instance

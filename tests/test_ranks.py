@@ -93,7 +93,7 @@ def assert_same_training(place, one, two):
 
 
 @pytest.fixture(scope="module")
-def one(place):
+def one(place, own_cache):
     """One process with the global batch."""
     run(place, *train_arguments(), *STEPS, "--train_batch_size=4", "--output_path=one")
     return place / "one"

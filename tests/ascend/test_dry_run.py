@@ -129,7 +129,7 @@ def dry_run(place, script, *arguments) -> str:
     return done.stderr
 
 
-def test_the_commands_run_through_and_leave_nothing_that_a_real_run_would_take(place):
+def test_the_commands_run_through_and_leave_nothing_that_a_real_run_would_take(place, own_cache):
     flags = ["--save_state_minutes=0", "--validation_prompt=a sks dog", "--use_ema=True"]
     log = dry_run(place, "train_dreambooth.py", *train_arguments(), *flags)
     assert "on Ascend (ascend910b), precision float16" in log
