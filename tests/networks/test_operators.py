@@ -73,6 +73,21 @@ CASES = {
         native.Convolution(1, (1, 1, 1, 1), False), lambda x, w: F.conv2d(x, w, padding=1),
         [(9, 40, 4, 4), (30, 40, 3, 3)],
     ),
+    "convolution_from_few_channels": (
+        native.ConvolutionAndBias(1, (1, 1, 1, 1), False), lambda x, w, b: F.conv2d(x, w, b, padding=1),
+        [(2, 4, 9, 11), (29, 4, 3, 3), (29,)],
+    ),
+    "convolution_to_few_channels": (
+        native.ConvolutionAndBias(1, (1, 1, 1, 1), False), lambda x, w, b: F.conv2d(x, w, b, padding=1),
+        [(2, 29, 11, 8), (3, 29, 3, 3), (3,)],
+    ),
+    "convolution_without_zeros_around": (
+        native.Convolution(1, (0, 0, 0, 0), False), F.conv2d, [(2, 19, 70, 9), (29, 19, 3, 3)],
+    ),
+    "convolution_in_bands": (
+        native.Convolution(1, (1, 1, 1, 1), False), lambda x, w: F.conv2d(x, w, padding=1),
+        [(1, 200, 53, 53), (200, 200, 3, 3)],
+    ),
     "strided": (
         native.Convolution(2, (1, 1, 1, 1), False), lambda x, w: F.conv2d(x, w, stride=2, padding=1),
         [(3, 19, 9, 14), (29, 19, 3, 3)],

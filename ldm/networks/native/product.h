@@ -3,6 +3,7 @@
 // a matrix, a transposed one, or the neighbourhoods of an image, which are then written down nowhere.
 #pragma once
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -31,29 +32,29 @@ inline void store(float *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
 inline int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 inline int64_t rounded(int64_t whole, int64_t part) { return parts(whole, part) * part; }
 
-// Of two vectors, one after the other: every second value, or values of both in turn.
-struct Orders {
-  Ints even, odd, low, high;
-  Orders() {
-    for (int i = 0; i < LANES; ++i) {
-      even[i] = 2 * i, odd[i] = 2 * i + 1;
-      low[i] = i / 2 + i % 2 * LANES, high[i] = low[i] + LANES / 2;
-    }
-  }
-};
-static const Orders ORDERS;
-inline Vec even_values(Vec a, Vec b) { return __builtin_shuffle(a, b, ORDERS.even); }
-inline Vec odd_values(Vec a, Vec b) { return __builtin_shuffle(a, b, ORDERS.odd); }
-inline Vec low_interleaved(Vec a, Vec b) { return __builtin_shuffle(a, b, ORDERS.low); }
-inline Vec high_interleaved(Vec a, Vec b) { return __builtin_shuffle(a, b, ORDERS.high); }
+// Values of two vectors at PLACE(0), PLACE(1), ... of both, one after the other.
+template <int (*PLACE)(int), size_t... I> inline Vec picked(Vec a, Vec b, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, PLACE(I)...);
+#else
+  return __builtin_shuffle(a, b, Ints{PLACE(I)...});
+#endif
+}
+template <int (*PLACE)(int)> inline Vec picked(Vec a, Vec b) {
+  return picked<PLACE>(a, b, std::make_index_sequence<LANES>());
+}
+constexpr int even(int i) { return 2 * i; }
+constexpr int odd(int i) { return 2 * i + 1; }
+constexpr int low(int i) { return i / 2 + i % 2 * LANES; }  // of both in turn
+constexpr int high(int i) { return low(i) + LANES / 2; }
 
 // LANES x LANES values, in log2(LANES) perfect shuffles.
 inline void transpose(Vec *rows) {
   Vec next[LANES];
   for (int step = 1; step < LANES; step *= 2) {
     for (int i = 0; i < LANES / 2; ++i) {
-      next[2 * i] = low_interleaved(rows[i], rows[i + LANES / 2]);
-      next[2 * i + 1] = high_interleaved(rows[i], rows[i + LANES / 2]);
+      next[2 * i] = picked<low>(rows[i], rows[i + LANES / 2]);
+      next[2 * i + 1] = picked<high>(rows[i], rows[i + LANES / 2]);
     }
     for (int i = 0; i < LANES; ++i) rows[i] = next[i];
   }
