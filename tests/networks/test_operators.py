@@ -2,13 +2,17 @@
 
 import ctypes
 import logging
+import os
+import platform
+import subprocess
+import sys
 
 import mindspore as ms
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHALLOW, random_model, relative_error, weights_as_arrays
+from conftest import ROOT, SHALLOW, random_model, relative_error, weights_as_arrays
 from network_outputs import inputs, outputs
 
 from ldm import operators
@@ -206,6 +210,18 @@ def test_operators_are_compiled_once(fresh, monkeypatch):
     monkeypatch.setattr(operators.subprocess, "run", None)
     assert operators.library() == made
     assert ctypes.CDLL(str(made)).has_bfloat16() == operators.has_bfloat16()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names its first level")
+def test_operators_of_older_processors(tmp_path):
+    """Vectors of 4 values, as on ARM: the comparison with PyTorch, in a process of its own."""
+    program = tmp_path / "c++"
+    program.write_text(f'#!/bin/sh\nexec {operators.compiler()} "$@" -march=x86-64\n')
+    program.chmod(0o755)
+    given = os.environ | {"CXX": str(program), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "pytorch"]
+    done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0 and f"{len(CASES)} passed" in done.stdout, done.stdout[-2000:]
 
 
 @pytest.mark.parametrize("program, says", [
