@@ -39,6 +39,7 @@ from ldm.weights.diffusers_folder import as_diffusers, diffusers_configs  # noqa
 from ldm.weights.source import open_weights  # noqa: E402
 from ldm.weights.writing import save_weights  # noqa: E402
 
+gc.set_threshold(100_000, 20, 100)  # else a third of the time of compiling, with PyTorch's objects about
 ms.set_context(mode=ms.GRAPH_MODE)
 torch.set_num_threads(2)
 

@@ -3,8 +3,8 @@ each.
 
 Of some 20 operators of MindSpore's that make a layer and its gradient, three are left. They read an image's
 neighbourhoods without writing them down, keep nothing for the backward pass but their inputs, and compile in
-a fraction of the time. `native/operators.cc` has them. dtype bfloat16: the factors of products are rounded to
-it; all else, weights and sums among it, is float32.
+a fraction of the time. `native/operators.cc` has them. dtype bfloat16: the factors of matrix products are
+rounded to it; all else, weights and sums among it, is float32, and so are 3x3 convolutions in tiles.
 """
 
 import functools
