@@ -253,7 +253,7 @@ class Neighbours {
         if (run == 2 * LANES) copy<2 * LANES>(panel, from, at);
         else if (run == LANES) copy<LANES>(panel, from, at);
         else if (run == LANES / 2) copy<LANES / 2>(panel, from, at);
-        else if (run > 1) copy<LANES / 4>(panel, from, at);
+        else if (LANES > 4 && run == LANES / 4) copy<LANES / 4>(panel, from, at);
         else for (int64_t column = 0; column < count; ++column) panel[column] = from[at[column]];
       }
     };
