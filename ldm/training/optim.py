@@ -217,21 +217,27 @@ class AdamW(Optimizer):
     def construct(self, gradients, factor, *scalars):
         done = ()
         updated = ()
-        for (a, b), kind in zip(self.bounds, self.kinds_of_groups):
+        for group in range(len(self.bounds)):
+            (a, b), kind = self.bounds[group], self.kinds_of_groups[group]
             rate, epsilon, decay = scalars[3 * kind], scalars[3 * kind + 1], scalars[3 * kind + 2]
             if a > 0:
                 # MindSpore orders kernels backwards from the outputs: what the next group's rate waits for
                 # comes before its gradients
                 rate = ops.depend(rate, updated)
-            group = self.scaled(gradients[a:b], factor)
-            update = ops.partial(
-                _adam, self.kernel, self.shrink, self.betas[0], self.betas[1], rate, epsilon, decay, self.l2
-            )
-            updated = self.map(
-                update, self.parameters[a:b], self.adam_m[a:b], self.adam_v[a:b], group, self.decayed[a:b]
-            )
+            updated = self.update_group(group, gradients[a:b], factor, rate, epsilon, decay)
             done = done + updated
         return done
+
+    def update_group(self, group, gradients, factor, rate, epsilon, decay):  # noqa: PLR0913
+        """Train one of the groups; a tuple that is there when it is done."""
+        a, b = self.bounds[group]
+        update = ops.partial(
+            _adam, self.kernel, self.shrink, self.betas[0], self.betas[1], rate, epsilon, decay, self.l2
+        )
+        return self.map(
+            update, self.parameters[a:b], self.adam_m[a:b], self.adam_v[a:b],
+            self.scaled(gradients, factor), self.decayed[a:b],
+        )  # fmt: skip
 
 
 class OperatorAdamW(AdamW):
@@ -247,20 +253,13 @@ class OperatorAdamW(AdamW):
             values = (*self.betas, self.l2, *self.decayed[first:end])
             self.options += (Tensor(np.array(values, np.float32)),)
 
-    def construct(self, gradients, factor, *scalars):
-        done = ()
-        updated = ()
-        for group in range(len(self.bounds)):
-            (a, b), kind = self.bounds[group], self.kinds_of_groups[group]
-            rate, epsilon, decay = scalars[3 * kind], scalars[3 * kind + 1], scalars[3 * kind + 2]
-            if a > 0:
-                rate = ops.depend(rate, updated)
-            updated = self.updates[group](
-                *self.parameters[a:b], *self.adam_m[a:b], *self.adam_v[a:b], *gradients[a:b],
-                factor, rate, epsilon, decay, self.options[group],
-            )  # fmt: skip
-            done = done + (updated,)
-        return done
+    def update_group(self, group, gradients, factor, rate, epsilon, decay):  # noqa: PLR0913
+        a, b = self.bounds[group]
+        updated = self.updates[group](
+            *self.parameters[a:b], *self.adam_m[a:b], *self.adam_v[a:b], *gradients,
+            factor, rate, epsilon, decay, self.options[group],
+        )  # fmt: skip
+        return (updated,)
 
 
 class FusedAdamW(AdamW):

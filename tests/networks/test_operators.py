@@ -1,6 +1,7 @@
 """This project's own operators of a CPU, against PyTorch's functions and their gradients."""
 
 import ctypes
+import functools
 import logging
 import os
 import platform
@@ -31,6 +32,9 @@ def attention(count, causal):
         return F.scaled_dot_product_attention(*parts, is_causal=causal).transpose(1, 2).flatten(2)
 
     return of_torch
+
+
+around = functools.partial(F.conv2d, padding=1)
 
 
 def upsampled(x, w, b):
@@ -66,30 +70,30 @@ CASES = {
         native.ProductAndBias(True, True, False), F.conv2d, [(3, 37, 5, 9), (53, 37, 1, 1), (53,)]
     ),
     "convolution": (
-        native.ConvolutionAndBias(1, (1, 1, 1, 1), False), lambda x, w, b: F.conv2d(x, w, b, padding=1),
+        native.ConvolutionAndBias(1, (1, 1, 1, 1), False), around,
         [(3, 19, 7, 13), (29, 19, 3, 3), (29,)],
     ),
     "convolution_of_runs": (
-        native.ConvolutionAndBias(1, (1, 1, 1, 1), False), lambda x, w, b: F.conv2d(x, w, b, padding=1),
+        native.ConvolutionAndBias(1, (1, 1, 1, 1), False), around,
         [(2, 40, 8, 64), (530, 40, 3, 3), (530,)],
     ),
     "convolution_of_short_runs": (
-        native.Convolution(1, (1, 1, 1, 1), False), lambda x, w: F.conv2d(x, w, padding=1),
+        native.Convolution(1, (1, 1, 1, 1), False), around,
         [(9, 40, 4, 4), (30, 40, 3, 3)],
     ),
     "convolution_from_few_channels": (
-        native.ConvolutionAndBias(1, (1, 1, 1, 1), False), lambda x, w, b: F.conv2d(x, w, b, padding=1),
+        native.ConvolutionAndBias(1, (1, 1, 1, 1), False), around,
         [(2, 4, 9, 11), (29, 4, 3, 3), (29,)],
     ),
     "convolution_to_few_channels": (
-        native.ConvolutionAndBias(1, (1, 1, 1, 1), False), lambda x, w, b: F.conv2d(x, w, b, padding=1),
+        native.ConvolutionAndBias(1, (1, 1, 1, 1), False), around,
         [(2, 29, 11, 8), (3, 29, 3, 3), (3,)],
     ),
     "convolution_without_zeros_around": (
         native.Convolution(1, (0, 0, 0, 0), False), F.conv2d, [(2, 19, 70, 9), (29, 19, 3, 3)],
     ),
     "convolution_in_bands": (
-        native.Convolution(1, (1, 1, 1, 1), False), lambda x, w: F.conv2d(x, w, padding=1),
+        native.Convolution(1, (1, 1, 1, 1), False), around,
         [(1, 200, 53, 53), (200, 200, 3, 3)],
     ),
     "strided": (

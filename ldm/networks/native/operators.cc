@@ -118,16 +118,6 @@ struct Side {
   }
 };
 
-// f(sample, first place, places, how many came before) for each sample that has some of `count` places.
-template <class F> inline void in_samples(int64_t start, int64_t count, int64_t places, F f) {
-  for (int64_t done = 0; done < count;) {
-    int64_t sample = (start + done) / places, place = (start + done) % places;
-    int64_t some = std::min(count - done, places - place);
-    f(sample, place, some, done);
-    done += some;
-  }
-}
-
 // Tokens, which are one sample, become as many as the other side has.
 inline void share_samples(Side &a, Side &b) {
   int64_t samples = std::max(a.samples, b.samples);
@@ -139,7 +129,7 @@ inline void share_samples(Side &a, Side &b) {
 // A factor of channels over the places of all samples, one after the other.
 template <int WIDTH> inline auto of_samples(const float *p, Side side) {
   return [=](float *panel, int64_t i, int64_t count, int64_t k, int64_t depth) {
-    in_samples(k, depth, side.places, [&](int64_t sample, int64_t place, int64_t some, int64_t done) {
+    in_runs(k, depth, side.places, [&](int64_t sample, int64_t place, int64_t some, int64_t done) {
       Matrix m = side.matrix(p, sample);
       const float *from = m.p + place * m.down + i * m.across;
       copy_panel<WIDTH>(panel + done * WIDTH, from, m.across, m.down, count, some);
@@ -265,16 +255,14 @@ class Neighbours {
       float *lines = scratch<2>(COLUMNS * LINE);
       int64_t at[COLUMNS];
       for (int64_t i = 0; i < count; ++i) at[i] = of_weight(j + i);
-      for (int64_t done = 0; done < depth;) {
-        int64_t column = (k + done) % s_.out_width, some = std::min(depth - done, s_.out_width - column);
+      in_runs(k, depth, s_.out_width, [&](int64_t, int64_t, int64_t some, int64_t done) {
         const float *from = values_.get() + of_place(k + done);
         for (int64_t i = 0; i < count; ++i) {
           float *line = lines + i * LINE + done;
           if (s_.stride == 1) in_vectors(some, [&](int64_t x, int) { store(line + x, load(from + at[i] + x)); });
           else for (int64_t x = 0; x < some; ++x) line[x] = from[at[i] + x * s_.stride];
         }
-        done += some;
-      }
+      });
       copy_panel<COLUMNS>(panel, lines, LINE, 1, count, depth);
     };
   }
@@ -497,13 +485,24 @@ bool is_for_tiles(const Neighbours::Shape &s) {
   return 5 * of_tiles < 4 * 9 * rounded(s.samples * s.out_height * s.out_width, COLUMNS);
 }
 
-// Writes the lines of an answer of so many channels.
-auto to_map(float *y, int64_t channels, const Neighbours::Shape &s, const float *bias) {
-  return [=](int64_t channel, int64_t sample, int64_t top, int64_t left, int64_t count, const float *values) {
-    float *to = y + ((sample * channels + channel) * s.out_height + top) * s.out_width + left;
-    float add = bias ? bias[channel] : 0;
-    for (int64_t i = 0; i < count; ++i) to[i] = values[i] + add;
-  };
+// The answer of `channels` channels; weights are the left factor of a product, (channels, channels of x * K * K).
+template <class Weights>
+void convolve(const float *x, const Neighbours::Shape &s, int64_t channels, Weights weights, const float *bias,
+              float *y, bool rounds) {
+  if (is_for_tiles(s)) {
+    auto write = [&](int64_t row, int64_t sample, int64_t top, int64_t left, int64_t count, const float *values) {
+      float *to = y + ((sample * channels + row) * s.out_height + top) * s.out_width + left;
+      float add = bias ? bias[row] : 0;
+      for (int64_t i = 0; i < count; ++i) to[i] = values[i] + add;
+    };
+    convolve_tiles<3>(tiled(x, s), channels, weights, write);
+    return;
+  }
+  Neighbours near(x, s);
+  Target target{y, near.places(), near.places(), channels * near.places()};
+  target.bias = bias;
+  multiply(channels, s.samples * near.places(), s.channels * s.kernel * s.kernel, weights, near.by_place(), target,
+           rounds);
 }
 }  // namespace
 
@@ -512,20 +511,8 @@ OPERATOR(Convolution) {
   BEGIN;
   int options = count - 2, y = count - 1;
   Neighbours::Shape shape = shape_of(call, 0, 1, options, y);
-  int64_t channels = call.size(y, 1), depth = shape.channels * shape.kernel * shape.kernel;
-  Matrix w{call.in(1), depth, 1};
-  const float *bias = options == 3 ? call.in(2) : nullptr;
-  if (is_for_tiles(shape)) {
-    auto weights = [&](float *to, int64_t i, int64_t count, int64_t k, int64_t deep) {
-      rows_of(w)(to, i, count, 9 * k, 9 * deep);
-    };
-    convolve_tiles<3>(tiled(call.in(0), shape), channels, weights, to_map(call.out(y), channels, shape, bias));
-    return 0;
-  }
-  Neighbours near(call.in(0), shape);
-  Target target{call.out(y), near.places(), near.places(), channels * near.places()};
-  target.bias = bias;
-  multiply(channels, shape.samples * near.places(), depth, rows_of(w), near.by_place(), target,
+  Matrix w{call.in(1), shape.channels * shape.kernel * shape.kernel, 1};
+  convolve(call.in(0), shape, call.size(y, 1), rows_of(w), options == 3 ? call.in(2) : nullptr, call.out(y),
            call.in(options)[3] != 0);
   return 0;
 }
@@ -546,16 +533,7 @@ OPERATOR(ConvolutionInput) {
       for (int64_t row = 0; row < ROWS; ++row) to[row] = row < count ? from[row * square] : 0;
     }
   };
-  if (is_for_tiles(shape)) {
-    auto weights = [&](float *to, int64_t i, int64_t count, int64_t k, int64_t deep) {
-      turned(to, i, count, 9 * k, 9 * deep);
-    };
-    convolve_tiles<3>(tiled(call.in(0), shape), channels, weights, to_map(call.out(dx), channels, shape, nullptr));
-    return 0;
-  }
-  Neighbours near(call.in(0), shape);
-  multiply(channels, shape.samples * near.places(), outs * square, turned, near.by_place(),
-           Target{call.out(dx), near.places(), near.places(), channels * near.places()}, o[3] != 0);
+  convolve(call.in(0), shape, channels, turned, nullptr, call.out(dx), o[3] != 0);
   return 0;
 }
 
@@ -598,9 +576,6 @@ OPERATOR(UpsampledConvolution) {
       }
     }
   });
-  auto weights = [&](float *to, int64_t i, int64_t count, int64_t k, int64_t deep) {
-    rows_of({sums.get(), 4 * channels, 1})(to, i, count, 4 * k, 4 * deep);
-  };
   auto write = [&](int64_t row, int64_t sample, int64_t u, int64_t v, int64_t some, const float *values) {
     int64_t phase = row / outs, out = row % outs, y = 2 * u - 1 + phase / 2, x = 2 * v - 1 + phase % 2;
     if (y < 0 || y >= 2 * height) return;
@@ -608,7 +583,7 @@ OPERATOR(UpsampledConvolution) {
     for (int64_t i = x < 0; i < some && x + 2 * i < 2 * width; ++i) to[x + 2 * i] = values[i] + add;
   };
   TiledMap map{call.in(0), call.size(0, 0), channels, height, width, 1, 1, height + 1, width + 1};
-  convolve_tiles<2>(map, 4 * outs, weights, write);
+  convolve_tiles<2>(map, 4 * outs, rows_of({sums.get(), 4 * channels, 1}), write);
   return 0;
 }
 

@@ -161,6 +161,16 @@ template <class F> inline void for_tasks(bool is_small, int64_t tasks, F work) {
   for (int64_t task = 0; task < tasks; ++task) work(task);
 }
 
+// f(group, place in it, how many, how many came before) for each group of `size` that has some of `count` from start.
+template <class F> inline void in_runs(int64_t start, int64_t count, int64_t size, F f) {
+  for (int64_t done = 0; done < count;) {
+    int64_t group = (start + done) / size, place = (start + done) % size;
+    int64_t some = std::min(count - done, size - place);
+    f(group, place, some, done);
+    done += some;
+  }
+}
+
 // A matrix in memory: value (i, j) is p[i * down + j * across].
 struct Matrix {
   const float *p;

@@ -16,12 +16,9 @@ struct TiledMap {
 
 // f(sample, y, x of the answer, how many tiles in this line, how many came before)
 template <class F> inline void in_lines(const TiledMap &map, int64_t start, int64_t count, F f) {
-  for (int64_t done = 0; done < count;) {
-    int64_t line = (start + done) / map.across(), column = (start + done) % map.across();
-    int64_t some = std::min(count - done, map.across() - column);
+  in_runs(start, count, map.across(), [&](int64_t line, int64_t column, int64_t some, int64_t done) {
     f(line / map.down(), 2 * (line % map.down()), 2 * column, some, done);
-    done += some;
-  }
+  });
 }
 
 // The transforms of one line of values: B^T of the input, A^T of the sums, G of the weights, and A and G^T, which
@@ -133,7 +130,7 @@ struct Share {
 };
 
 // A convolution with R x R weights as `rows` channels of its answer.
-// weights(to, i, count, k, depth) copies those of rows i and channels k on, (depth, R * R, ROWS);
+// weights(to, i, count, k, depth) copies a panel of the left factor of a product: (rows, channels * R * R);
 // write(row, sample, y, x, count, values) gets some of a line of the answer.
 template <int R, class Weights, class Write> class TiledConvolution {
  public:
@@ -178,7 +175,7 @@ template <int R, class Weights, class Write> class TiledConvolution {
   // (ALL, depth, ROWS) of a panel of rows, channels from k on
   void copy_weights(int64_t panel, int64_t k, int64_t depth, float *to) const {
     float *given = scratch<1>((depth + 1) * R * R * ROWS + LANES);
-    weights_(given, panel * ROWS, std::min<int64_t>(ROWS, rows_ - panel * ROWS), k, depth);
+    weights_(given, panel * ROWS, std::min<int64_t>(ROWS, rows_ - panel * ROWS), k * R * R, depth * R * R);
     for (int64_t n = 0; n < depth; ++n) {
       for (int lane = 0; lane < ROWS; lane += LANES) {
         Vec g[R * R], u[ALL];
