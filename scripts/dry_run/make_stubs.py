@@ -63,7 +63,8 @@ def make_stubs(folder: Path) -> Path:
 
 
 def _own_sources() -> int:
-    return max((HERE / name).stat().st_mtime_ns for name in ("make_stubs.py", "device.c", "ge_objects.cc"))
+    names = ("make_stubs.py", "device.c", "ge_objects.cc", "preloaded.c")
+    return max((HERE / name).stat().st_mtime_ns for name in names)
 
 
 def _build(mindspore: Path, library: Path, build: Path, folder: Path) -> None:
@@ -106,8 +107,8 @@ def _build(mindspore: Path, library: Path, build: Path, folder: Path) -> None:
     (folder / "python/hccl").mkdir(parents=True, exist_ok=True)  # the wheel of CANN that MindSpore asks for
     (folder / "python/hccl/sys_version.py").write_text('__sys_version__ = "0.0"\n')
     _run(
-        *plain, "-Wl,-soname,libd_collective.so", "-o", folder / "libd_collective.so",
-        _assembly(used, build / "collective.s"), LINK, mindspore / "lib/libmindspore_cluster.so",
+        *plain, "-fPIC", "-Wl,-soname,libd_collective.so", "-o", folder / "libd_collective.so",
+        _assembly(used, build / "collective.s"), HERE / "preloaded.c", LINK, mindspore / "lib/libmindspore_cluster.so",
         "-Wl,--allow-shlib-undefined",
     )  # fmt: skip
 
