@@ -10,3 +10,6 @@ for requirements in "$@"; do
     cp "$requirements" "$stamp"
   fi
 done
+# MindSpore's compiler takes and frees small blocks of memory by the million: kept by each thread, they make
+# compiling a tenth to a sixth faster
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.tcache_count=5000:glibc.malloc.tcache_max=1024}

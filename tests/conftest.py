@@ -39,14 +39,16 @@ from ldm.weights.diffusers_folder import as_diffusers, diffusers_configs  # noqa
 from ldm.weights.source import open_weights  # noqa: E402
 from ldm.weights.writing import save_weights  # noqa: E402
 
-gc.set_threshold(100_000, 20, 100)  # else a third of the time of compiling, with PyTorch's objects about
+gc.freeze()  # MindSpore collects before it compiles, which takes long with PyTorch's objects about
+gc.set_threshold(100_000, 20, 100)
 ms.set_context(mode=ms.GRAPH_MODE)
 torch.set_num_threads(2)
 
-# Two models that differ in widths, depths, levels, heads, norm groups and prediction type.
+# Two models that differ in widths, depths, levels, heads, norm groups and prediction type. The shallow one,
+# which most tests compile, has a transformer in the middle alone, the deep one has them at two levels.
 SHALLOW = ModelConfig(
     image_size=32,
-    unet=UNetConfig(4, 4, 32, (1, 2), 1, (1,), 16, 48, norm_groups=8),
+    unet=UNetConfig(4, 4, 32, (1, 2), 1, (), 16, 48, norm_groups=8),
     autoencoder=AutoencoderConfig(3, 4, 16, (1, 2), 1, 0.5, norm_groups=4),
     text_encoder=TextEncoderConfig(49408, 77, 48, 3, 2),
     noise_schedule=ScheduleConfig(1000, 0.00085, 0.012, "epsilon"),

@@ -34,7 +34,7 @@ def test_training_leaves_the_additions_alone(place, one):
         "run.json", "states",
     }  # fmt: skip
     assert (folder / NAME).stat().st_size < (place / "models/base.ckpt").stat().st_size / 20
-    assert "LoRA: 40 additions of rank 3" in said
+    assert "LoRA: 16 additions of rank 3" in said
     assert "--ckpt_path models/base.ckpt --lora_ckpt_path one/dreambooth_lora_epoch_2_ema.safetensors" in said
     used = json.loads((folder / "effective_config.json").read_text())["options"]
     assert (used["lora_rank"], used["lora_alpha"], used["lora_targets"]) == (3, 6.0, "attention")

@@ -43,7 +43,7 @@ class LayerSet:
 
 def layers_of_this_device(dtype=ms.float32, fuses_attention: bool = True) -> LayerSet:
     if is_on_cpu():
-        if dtype != ms.float16 and library():
+        if library():
             from ldm.networks import layers_native
 
             return LayerSet(layers_native, dtype)

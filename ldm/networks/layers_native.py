@@ -3,8 +3,9 @@ each.
 
 Of some 20 operators of MindSpore's that make a layer and its gradient, three are left. They read an image's
 neighbourhoods without writing them down, keep nothing for the backward pass but their inputs, and compile in
-a fraction of the time. `native/operators.cc` has them. dtype bfloat16: the factors of matrix products are
-rounded to it; all else, weights and sums among it, is float32, and so are 3x3 convolutions in tiles.
+a fraction of the time. `native/operators.cc` has them. All is float32 but what the dtype says of products:
+bfloat16, their factors, where that is faster; float16, their answers and an attention's scores, which are
+infinite beyond it.
 """
 
 import functools
@@ -19,6 +20,9 @@ from ldm.networks.layers import CausalAttention, QuickGELU
 from ldm.operators import operator
 
 __all__ = ["AddPerChannel", "CausalAttention", "QuickGELU"]  # as they are
+
+
+ROUNDING = {ms.float32: 0, ms.bfloat16: 1, ms.float16: 2}
 
 
 def options(*values: float) -> Tensor:
@@ -59,10 +63,10 @@ class DenseProduct(nn.Cell):
         (False, True): tokens_to_places_shape, (True, True): pointwise_shape,
     }  # fmt: skip
 
-    def __init__(self, takes_places: bool, gives_places: bool, rounds: bool) -> None:
+    def __init__(self, takes_places: bool, gives_places: bool, rounding: int) -> None:
         super().__init__()
         forward, backward = self.SHAPES[takes_places, gives_places], self.SHAPES[gives_places, takes_places]
-        self.options, kind = options(takes_places, gives_places, rounds), (takes_places, gives_places)
+        self.options, kind = options(takes_places, gives_places, rounding), (takes_places, gives_places)
         self.forward = operator("Dense", forward, kind=kind)
         self.of_input = operator("DenseInput", lambda dy, w, _: backward(dy, [w[1]]), kind=kind)
         self.of_weight = operator("DenseWeight", lambda dy, x, w, _: w)
@@ -90,7 +94,7 @@ class ProductAndBias(DenseProduct):
 @functools.cache  # one for all layers: MindSpore reads the code of each cell
 def product(takes_places: bool, gives_places: bool, dtype, has_bias: bool) -> nn.Cell:
     kind = ProductAndBias if has_bias else Product
-    return kind(takes_places, gives_places, dtype == ms.bfloat16)
+    return kind(takes_places, gives_places, ROUNDING[dtype])
 
 
 class Dense(layers.Dense):
@@ -134,7 +138,7 @@ class TokensToPlaces(layers.TokensToPlaces):
 class ConvolutionBase(nn.Cell):
     """(B, C, H, W) by a weight (N, C, K, K) that is given; padding is (top, bottom, left, right)."""
 
-    def __init__(self, stride: int, padding: tuple[int, int, int, int], rounds: bool) -> None:
+    def __init__(self, stride: int, padding: tuple[int, int, int, int], rounding: int) -> None:
         super().__init__()
         top, bottom, left, right = padding
 
@@ -150,7 +154,7 @@ class ConvolutionBase(nn.Cell):
             return [dy[0], w[1], dy[2] + w[2] - 1 - top - bottom, dy[3] + w[3] - 1 - left - right]
 
         self.is_strided = stride > 1
-        self.options = options(stride, top, left, rounds)
+        self.options = options(stride, top, left, rounding)
         self.forward = operator("Convolution", forward, kind=(stride, padding))
         self.of_input = operator("ConvolutionInput", of_input, kind=(stride, padding))
         self.of_weight = operator("ConvolutionWeight", lambda dy, x, w, _: w)
@@ -182,7 +186,7 @@ class ConvolutionAndBias(ConvolutionBase):
 @functools.cache
 def convolution(stride: int, padding: tuple[int, int, int, int], dtype, has_bias: bool) -> nn.Cell:
     kind = ConvolutionAndBias if has_bias else Convolution
-    return kind(stride, padding, dtype == ms.bfloat16)
+    return kind(stride, padding, ROUNDING[dtype])
 
 
 class Conv2d(layers.Conv2d):
@@ -206,13 +210,13 @@ class Conv2d(layers.Conv2d):
 class UpsampledConvolution(ConvolutionBase):
     """Of x made twice as large; forward by sums of the weights on the small map, 4/9 of the products."""
 
-    def __init__(self, rounds: bool) -> None:
-        super().__init__(1, (1, 1, 1, 1), rounds)
+    def __init__(self, rounding: int) -> None:
+        super().__init__(1, (1, 1, 1, 1), rounding)
         self.upsampled = operator("UpsampledConvolution", lambda x, w, *_: [x[0], w[0], 2 * x[2], 2 * x[3]])
         self.sum_of_four = ops.ReduceSum()
 
     def construct(self, x, weight, bias):
-        return self.upsampled(x, weight, bias)
+        return self.upsampled(x, weight, bias, self.options)
 
     def bprop(self, x, weight, bias, out, dout):
         batch, channels, height, width = x.shape
@@ -224,7 +228,7 @@ class UpsampledConvolution(ConvolutionBase):
 class UpsampledConv2d(layers.UpsampledConv2d):
     def __init__(self, channels: int, dtype=ms.float32) -> None:
         super().__init__(channels)
-        self.convolution = UpsampledConvolution(dtype == ms.bfloat16)
+        self.convolution = UpsampledConvolution(ROUNDING[dtype])
 
     def construct(self, x):
         return self.convolution(x, self.weight, self.bias)
@@ -308,7 +312,7 @@ class Attention(nn.Cell):
         dtype=ms.float32,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.options = options(heads, causal, dtype == ms.bfloat16 and not upcast)
+        self.options = options(heads, causal, 0 if upcast else ROUNDING[dtype])
         self.forward = operator("Attention", same)
         self.backward = operator("AttentionGradient", lambda q, k, v, dout, _: (q, k, v), 3)
 

@@ -9,8 +9,9 @@ of its own.
 Each side fills its networks with random weights of its own; values do not matter here (tests/ compare those).
 A figure is the median of its timed repetitions over all rounds; the first of every process is left out, since
 it compiles. The peer runs as its users run it: fused attention, default threads, in the memory layout
-(channels first or last) that is measured to be the faster, without a cap on oneDNN's instruction set. Nothing
-else should run meanwhile.
+(channels first or last) that is measured to be the faster, without a cap on oneDNN's instruction set. With
+--precision bfloat16 it trains under autocast and draws with weights of bfloat16. Nothing else should run
+meanwhile.
 
 figures:
   step         a training step, UNet only, clipping and AdamW; the peer encodes its pictures in every step, as
@@ -98,7 +99,7 @@ def presets() -> dict[str, Preset]:
         text_encoder=dataclasses.replace(full.text_encoder, width=512, heads=8, layers=6),  # 44.3M
     )
     smoke = ModelConfig(
-        image_size=32, unet=UNetConfig(4, 4, 32, (1, 2), 1, (1,), 16, 48, norm_groups=8),
+        image_size=32, unet=UNetConfig(4, 4, 32, (1, 2), 1, (), 16, 48, norm_groups=8),
         autoencoder=AutoencoderConfig(3, 4, 16, (1, 2), 1, 0.5, norm_groups=4),
         text_encoder=TextEncoderConfig(49408, 77, 48, 3, 1),
         noise_schedule=ScheduleConfig(1000, 0.00085, 0.012, "epsilon"),
@@ -129,7 +130,7 @@ def run_job(side: str, preset: Preset, cache: Path, **fields) -> dict:
         "train_text_encoder": False, "lora_rank": 0, "encode": False, "channels_last": None,
         "steps": preset.steps, "batch": preset.batch,
         "pictures": 1, "sampling_steps": preset.sampling_steps, "memory_steps": preset.memory_steps,
-        "prompts": PROMPTS,
+        "prompts": PROMPTS, "precision": config.precision,
         "token_ids": Tokenizer(config.text_encoder.context_length)(PROMPTS).tolist(),
         "diffusers": diffusers_configs(config),
     } | fields  # fmt: skip
@@ -312,6 +313,9 @@ def main() -> None:
     )
     parser.add_argument("--figures", help=f"some of {','.join(known['smoke'].figures)} [the preset's]")
     parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="of both sides [%(default)s]"
+    )
+    parser.add_argument(
         "--steps", type=int, help="timed repetitions of a process, after the first [the preset's]"
     )
     parser.add_argument(
@@ -325,6 +329,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file, after each of them")
     options = parser.parse_args()
     preset = known[options.preset]
+    preset = dataclasses.replace(
+        preset, config=dataclasses.replace(preset.config, precision=options.precision)
+    )
     chosen = options.figures.split(",") if options.figures else preset.figures
     if options.ranks is not None and options.ranks < 2:
         parser.error("ranks: 2 or more wanted")
@@ -338,6 +345,7 @@ def main() -> None:
     report = {
         "figures": [],
         "preset": options.preset,
+        "precision": options.precision,
         "steps": preset.steps,
         "rounds": options.rounds,
         "processor": processor(),
@@ -354,7 +362,7 @@ def main() -> None:
             if options.json:
                 options.json.write_text(json.dumps(report, indent=2) + "\n")
     print(
-        f"\n{options.preset} on {report['processor']}; "
+        f"\n{options.preset} in {options.precision} on {report['processor']}; "
         f"{', '.join(' '.join(pair) for pair in report['versions'].items())}"
     )
     print(

@@ -35,13 +35,18 @@ OWN_RULES = (
 
 
 class Networks:
-    """UNet, VAE and text encoder, each with weights of its own initialisation."""
+    """UNet, VAE and text encoder, each with weights of its own initialisation, float32."""
 
-    def __init__(self, configs: dict[str, dict]) -> None:
+    def __init__(self, configs: dict[str, dict], precision: str) -> None:
+        self.dtype = torch.float32 if precision == "auto" else getattr(torch, precision)
         self.scheduler_config = configs["scheduler"]
         self.unet = UNet2DConditionModel.from_config(configs["unet"]).eval()
         self.vae = AutoencoderKL.from_config(configs["vae"]).eval().requires_grad_(False)
         self.text_encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])).eval()
+
+    def cast(self) -> None:
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.to(self.dtype)
 
     def use_layout(self, channels_last: bool) -> None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -78,13 +83,14 @@ class Training:
 
     With `encode` the VAE works in every step, else latents are made beforehand. A text encoder that is not
     trained encodes the prompts once; one that is trained comes with gradient checkpointing in both networks,
-    but for LoRA.
+    but for LoRA. In bfloat16 trained weights stay float32, under autocast, as accelerate has it.
     """
 
     def __init__(self, job: dict, networks: Networks) -> None:
         self.unet, self.vae, self.text_encoder = networks.unet.train(), networks.vae, networks.text_encoder
         self.encodes, self.trains_text = job["encode"], job["train_text_encoder"]
         self.ids = torch.tensor(job["token_ids"][:2]).repeat_interleave(job["batch"], 0)
+        self.autocast = torch.autocast("cpu", networks.dtype, enabled=networks.dtype != torch.float32)
         if job["lora_rank"]:
             self.add_adapters(job["lora_rank"])
         elif self.trains_text:
@@ -119,19 +125,23 @@ class Training:
                 network.add_adapter(config)
 
     def backward(self) -> None:
+        with self.autocast:
+            prediction, target = self.predict()
+        (instance, prior), (instance_target, prior_target) = prediction.float().chunk(2), target.chunk(2)
+        loss = functional.mse_loss(instance, instance_target) + 1.0 * functional.mse_loss(prior, prior_target)
+        loss.backward()
+        assert torch.isfinite(loss)
+
+    def predict(self):
         posterior = self.vae.encode(self.pixels).latent_dist if self.encodes else self.posterior
-        latents = posterior.sample() * self.vae.config.scaling_factor
+        latents = posterior.sample().float() * self.vae.config.scaling_factor
         noise = torch.randn_like(latents)
         t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(latents),))
         noisy = self.scheduler.add_noise(latents, noise, t)
         context = self.text_encoder(self.ids)[0] if self.trains_text else self.context
-        prediction = self.unet(noisy, t, context).sample
         is_epsilon = self.scheduler.config.prediction_type == "epsilon"
         target = noise if is_epsilon else self.scheduler.get_velocity(latents, noise, t)
-        (instance, prior), (instance_target, prior_target) = prediction.chunk(2), target.chunk(2)
-        loss = functional.mse_loss(instance, instance_target) + 1.0 * functional.mse_loss(prior, prior_target)
-        loss.backward()
-        assert torch.isfinite(loss)
+        return self.unet(noisy, t, context).sample, target
 
     def forward_backward(self) -> None:
         self.backward()
@@ -150,11 +160,12 @@ class Drawing:
     """StableDiffusionPipeline and its parts: a denoising step with guidance, decoding, whole pictures."""
 
     def __init__(self, job: dict, networks: Networks) -> None:
+        networks.cast()
         self.unet, self.vae, self.text_encoder = networks.unet, networks.vae, networks.text_encoder
         self.scheduler_config, self.sampling_steps = networks.scheduler_config, job["sampling_steps"]
         self.count = job["pictures"]
         side = self.unet.config.sample_size
-        self.latents = torch.randn(self.count, self.unet.config.in_channels, side, side)
+        self.latents = torch.randn(self.count, self.unet.config.in_channels, side, side, dtype=networks.dtype)
         prompt, _, negative = (torch.tensor([ids] * self.count) for ids in job["token_ids"])
         self.ids = torch.cat([negative, prompt])
         self.context = self.encode_prompts()
@@ -170,7 +181,7 @@ class Drawing:
 
     @torch.no_grad()
     def decode(self):
-        pixels = self.vae.decode(self.latents / self.vae.config.scaling_factor).sample
+        pixels = self.vae.decode(self.latents / self.vae.config.scaling_factor).sample.float()
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
     def sample(self):
@@ -233,7 +244,7 @@ def profile(step, steps: int) -> dict:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     task = job["task"]
-    networks = Networks(job["diffusers"])
+    networks = Networks(job["diffusers"], job["precision"])
     result = {}
     if job["channels_last"] is not None:
         networks.use_layout(job["channels_last"])

@@ -108,8 +108,8 @@ def _build(mindspore: Path, library: Path, build: Path, folder: Path) -> None:
     (folder / "python/hccl/sys_version.py").write_text('__sys_version__ = "0.0"\n')
     _run(
         *plain, "-fPIC", "-Wl,-soname,libd_collective.so", "-o", folder / "libd_collective.so",
-        _assembly(used, build / "collective.s"), HERE / "preloaded.c", LINK, mindspore / "lib/libmindspore_cluster.so",
-        "-Wl,--allow-shlib-undefined",
+        _assembly(used, build / "collective.s"), HERE / "preloaded.c", LINK,
+        mindspore / "lib/libmindspore_cluster.so", "-Wl,--allow-shlib-undefined",
     )  # fmt: skip
 
 

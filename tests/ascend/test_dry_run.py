@@ -23,7 +23,7 @@ OLD_IN_STEP = {
 }  # fmt: skip
 OLD_ELSEWHERE = {"Gather", "Split", "StridedSlice"}
 FUSED = ("FlashAttentionScore", "FlashAttentionScoreGrad")
-UNET_ATTENTIONS, TEXT_LAYERS = 4 * 2, 2  # of the small model; two attentions a transformer
+UNET_ATTENTIONS, TEXT_LAYERS = 2, 2  # of the small model; two attentions a transformer
 VARIANTS = {
     "float16": ["--precision=float16"],
     "float16, all options": ["--precision=float16", "--gradient_accumulation_steps=2", "--clip_grad=True",

@@ -200,6 +200,33 @@ def test_networks_in_bfloat16_are_those_in_float32_to_a_hundredth():
     assert 1e-4 < max(errors.values()) < 2e-2  # float32 would be below, a mistake above
 
 
+def test_answers_of_float16_are_rounded_as_numpy_rounds():
+    """By the unit matrix, which changes nothing else: ties, numbers less than normal, and those beyond."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((64, 64)) * 2.0 ** rng.integers(-28, 20, (64, 64))).astype(np.float32)
+    x[0, :8] = 1 + 2**-11, 1 + 3 * 2**-11, -(2**-25), 3 * 2**-25, 65519, 65520, -1e30, 0
+    unit = ms.Tensor(np.eye(64, dtype=np.float32))
+    ours = native.Product(False, False, 2)(ms.Tensor(x), unit).asnumpy()
+    assert np.array_equal(ours, x.astype(np.float16)) and np.isinf(ours[0, 5:7]).all()
+    x[0, 0], x[1, 1] = np.nan, np.inf
+    ours = native.Product(False, False, 2)(ms.Tensor(x), unit).asnumpy()
+    assert np.isnan(ours[0]).all() and np.isinf(ours[1, 1]) and np.isfinite(ours[3]).any()
+
+
+@pytest.mark.parametrize("name, cell", [
+    ("dense", native.ProductAndBias(False, False, 2)), ("strided", native.Convolution(2, (1, 1, 1, 1), 2)),
+    ("attention", native.Attention(3, dtype=ms.float16)),
+])  # fmt: skip
+def test_products_of_float16(name, cell):
+    """Sums in float32, answers rounded once, by half of 2^-10 at the most; an attention's scores, too."""
+    _, reference, shapes = CASES[name]
+    arrays = given(shapes, 0.5)
+    found = cell(*map(ms.Tensor, arrays)).asnumpy()
+    error = relative_error(found, reference(*(torch.from_numpy(array).double() for array in arrays)))
+    assert np.array_equal(found, found.astype(np.float16))
+    assert 1e-5 < error < (2e-3 if name == "attention" else 2**-11)
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """Operators that have not been looked for."""

@@ -121,7 +121,7 @@ OF_FOLDERS = {
     "added words": ("text_encoder/config.json", {"vocab_size": 49409}, "49409 tokens.* words were added"),
     "other blocks": ("unet/config.json", {"down_block_types": ["SimpleCrossAttnDownBlock2D"]},
                      "unet has blocks SimpleCrossAttnDownBlock2D, this program CrossAttnDownBlock2D"),
-    "unlike blocks": ("unet/config.json", {"up_block_types": ["UpBlock2D", "UpBlock2D"]},
+    "unlike blocks": ("unet/config.json", {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]},
          "not as diffusers writes"),
     "no number": ("unet/config.json", {"block_out_channels": "many"}, "not as diffusers writes"),
 }  # fmt: skip

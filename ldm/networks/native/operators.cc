@@ -100,6 +100,29 @@ template <class F> void for_values(int64_t size, F f) {
   });
 }
 
+// ---- float16
+
+// What an operator of products rounds (the last of its options): nothing, the factors, or the answers.
+constexpr float TO_BFLOAT16 = 1, TO_FLOAT16 = 2;
+
+// The nearest number of float16, which is infinite from 65520 on.
+inline Vec to_float16(Vec x) {
+  const Vec zero = {}, most = zero + 65504.0f;
+  Ints bits = (Ints)x;
+  Vec y = (Vec)((bits + 0xfff + (bits >> 13 & 1)) & ~0x1fff);  // 11 bits of 24, to the nearest even
+  Vec size = y < zero ? -y : y;
+  y = size < zero + 6.103515625e-5f ? x + 0.75f - 0.75f : y;   // less than normal: whole multiples of 2^-24
+  y = size > most ? x * INFINITY : y;
+  return x == x ? y : x;
+}
+// Answers `first` and later ones.
+void round_answers(const Call &call, int first, int count, float rounding) {
+  for (; rounding == TO_FLOAT16 && first < count; ++first) {
+    float *y = call.out(first);
+    for_values(call.size(first), [&](int64_t i, int some) { store(y + i, to_float16(load(y + i, some)), some); });
+  }
+}
+
 // ---- dense layers; channels along the last axis ("tokens") or before the places ("places")
 
 
@@ -318,13 +341,20 @@ struct Head {
   const float *q, *k, *v;
   int64_t rows, keys, d, stride;  // stride: heads * d
   float scale;
-  bool is_causal, rounds;
+  bool is_causal;
+  float rounding;
+  bool rounds = rounding == TO_BFLOAT16;
   // queries at once: their scores stay in the cache
   int64_t step() const { return std::max<int64_t>(ROWS, std::min(rows, (1 << 18) / keys / ROWS * ROWS)); }
 
   // P of the queries from `top`, (count, keys)
   void probabilities(const Panels &keys_across, int64_t top, int64_t count, float *p) const {
     multiply(count, keys, d, rows_of({q + top * stride, stride, 1}), keys_across.columns(), {p, keys}, rounds);
+    if (rounding == TO_FLOAT16) {  // the scores, as they are where they are kept
+      in_vectors(count * keys, [&](int64_t j, int some) {
+        store(p + j, to_float16(load(p + j, some) * scale) / scale, some);
+      });
+    }
     for (int64_t i = 0; i < count; ++i) {
       float *row = p + i * keys;
       int64_t seen = is_causal ? std::min(keys, top + i + 1) : keys;
@@ -401,7 +431,7 @@ template <class F> void for_heads(const Call &call, int options, F f) {
     int64_t at_rows = task / heads * rows * stride + task % heads * d;
     int64_t at_keys = task / heads * keys * stride + task % heads * d;
     Head head{call.in(0) + at_rows, call.in(1) + at_keys, call.in(2) + at_keys, rows, keys, d, stride,
-              1 / std::sqrt(static_cast<float>(d)), call.in(options)[1] != 0, call.in(options)[2] != 0};
+              1 / std::sqrt(static_cast<float>(d)), call.in(options)[1] != 0, call.in(options)[2]};
     f(head, at_rows, at_keys);
   });
 }
@@ -435,14 +465,15 @@ extern "C" __attribute__((visibility("default"))) int has_bfloat16() { return HA
 
 #define BEGIN Call call{p, dims, shapes}; (void)count
 
-// x, w[, bias], options (x is places, y is places, rounds): y
+// x, w[, bias], options (x is places, y is places, rounding): y
 OPERATOR(Dense) {
   BEGIN;
   int options = count - 2;
   const float *o = call.in(options);
   Side of_x = Side::of(call, 0, o[0] != 0), of_y = Side::of(call, count - 1, o[1] != 0);
   Matrix w{call.in(1), of_x.channels, 1};
-  dense(call.in(0), of_x, w, options == 3 ? call.in(2) : nullptr, call.out(count - 1), of_y, o[2] != 0);
+  dense(call.in(0), of_x, w, options == 3 ? call.in(2) : nullptr, call.out(count - 1), of_y, o[2] == TO_BFLOAT16);
+  round_answers(call, count - 1, count, o[2]);
   return 0;
 }
 
@@ -451,7 +482,8 @@ OPERATOR(DenseInput) {
   BEGIN;
   const float *o = call.in(2);
   Side of_x = Side::of(call, 3, o[0] != 0), of_y = Side::of(call, 0, o[1] != 0);
-  dense(call.in(0), of_y, Matrix{call.in(1), 1, of_x.channels}, nullptr, call.out(3), of_x, o[2] != 0);
+  dense(call.in(0), of_y, Matrix{call.in(1), 1, of_x.channels}, nullptr, call.out(3), of_x, o[2] == TO_BFLOAT16);
+  round_answers(call, 3, count, o[2]);
   return 0;
 }
 
@@ -460,13 +492,14 @@ OPERATOR(DenseWeight) {
   BEGIN;
   const float *o = call.in(3);
   Side of_x = Side::of(call, 1, o[0] != 0), of_y = Side::of(call, 0, o[1] != 0);
-  dense_weight(call.in(0), of_y, call.in(1), of_x, call.out(4), o[2] != 0);
+  dense_weight(call.in(0), of_y, call.in(1), of_x, call.out(4), o[2] == TO_BFLOAT16);
   if (count > 5) channel_sums(call.in(0), of_y, call.out(5));
+  round_answers(call, 4, count, o[2]);
   return 0;
 }
 
 namespace {
-// Of a convolution of x (input `i`) by w, with options (stride, top, left, rounds), that answers `y`.
+// Of a convolution of x (input `i`) by w, with options (stride, top, left, rounding), that answers `y`.
 Neighbours::Shape shape_of(const Call &call, int i, int w, int options, int y) {
   const float *o = call.in(options);
   return {call.size(i, 0), call.size(i, 1), call.size(i, 2), call.size(i, 3), call.size(w, 2),
@@ -506,14 +539,15 @@ void convolve(const float *x, const Neighbours::Shape &s, int64_t channels, Weig
 }
 }  // namespace
 
-// x (B, C, H, W), w (N, C, K, K)[, bias], options (stride, top, left, rounds): y
+// x (B, C, H, W), w (N, C, K, K)[, bias], options (stride, top, left, rounding): y
 OPERATOR(Convolution) {
   BEGIN;
   int options = count - 2, y = count - 1;
   Neighbours::Shape shape = shape_of(call, 0, 1, options, y);
   Matrix w{call.in(1), shape.channels * shape.kernel * shape.kernel, 1};
   convolve(call.in(0), shape, call.size(y, 1), rows_of(w), options == 3 ? call.in(2) : nullptr, call.out(y),
-           call.in(options)[3] != 0);
+           call.in(options)[3] == TO_BFLOAT16);
+  round_answers(call, y, count, call.in(options)[3]);
   return 0;
 }
 
@@ -533,7 +567,8 @@ OPERATOR(ConvolutionInput) {
       for (int64_t row = 0; row < ROWS; ++row) to[row] = row < count ? from[row * square] : 0;
     }
   };
-  convolve(call.in(0), shape, channels, turned, nullptr, call.out(dx), o[3] != 0);
+  convolve(call.in(0), shape, channels, turned, nullptr, call.out(dx), o[3] == TO_BFLOAT16);
+  round_answers(call, dx, count, o[3]);
   return 0;
 }
 
@@ -550,13 +585,14 @@ OPERATOR(ConvolutionWeight) {
     Neighbours near(call.in(1), shape);
     int64_t depth = shape.channels * shape.kernel * shape.kernel;
     multiply(of_y.channels, depth, of_y.samples * of_y.places, of_samples<ROWS>(call.in(0), of_y), near.by_weight(),
-             Target{call.out(4), depth}, call.in(3)[3] != 0);
+             Target{call.out(4), depth}, call.in(3)[3] == TO_BFLOAT16);
   }
   if (count > 5) channel_sums(call.in(0), of_y, call.out(5));
+  round_answers(call, 4, count, call.in(3)[3]);
   return 0;
 }
 
-// x (B, C, H, W), w (N, C, 3, 3), bias: the convolution of x made twice as large: (B, N, 2H, 2W)
+// x (B, C, H, W), w (N, C, 3, 3), bias, options as above: the convolution of x made twice as large: (B, N, 2H, 2W)
 // (sub-pixel convolution, Shi et al. 2016: each of a pixel's four answers is a 2x2 convolution of the small map).
 OPERATOR(UpsampledConvolution) {
   BEGIN;
@@ -579,15 +615,16 @@ OPERATOR(UpsampledConvolution) {
   auto write = [&](int64_t row, int64_t sample, int64_t u, int64_t v, int64_t some, const float *values) {
     int64_t phase = row / outs, out = row % outs, y = 2 * u - 1 + phase / 2, x = 2 * v - 1 + phase % 2;
     if (y < 0 || y >= 2 * height) return;
-    float *to = call.out(3) + ((sample * outs + out) * 2 * height + y) * 2 * width, add = call.in(2)[out];
+    float *to = call.out(4) + ((sample * outs + out) * 2 * height + y) * 2 * width, add = call.in(2)[out];
     for (int64_t i = x < 0; i < some && x + 2 * i < 2 * width; ++i) to[x + 2 * i] = values[i] + add;
   };
   TiledMap map{call.in(0), call.size(0, 0), channels, height, width, 1, 1, height + 1, width + 1};
   convolve_tiles<2>(map, 4 * outs, rows_of({sums.get(), 4 * channels, 1}), write);
+  round_answers(call, 4, count, call.in(3)[3]);
   return 0;
 }
 
-// q (B, N, heads * d), k, v (B, M, heads * d), options (heads, causal, rounds): (B, N, heads * d)
+// q (B, N, heads * d), k, v (B, M, heads * d), options (heads, causal, rounding): (B, N, heads * d)
 OPERATOR(Attention) {
   BEGIN;
   for_heads(call, 3, [&](const Head &head, int64_t at, int64_t) {
@@ -598,6 +635,7 @@ OPERATOR(Attention) {
       head.answer(task * share, std::min(head.rows, (task + 1) * share), call.out(4) + at);
     });
   });
+  round_answers(call, 4, count, call.in(3)[2]);
   return 0;
 }
 
@@ -607,6 +645,7 @@ OPERATOR(AttentionGradient) {
   for_heads(call, 4, [&](const Head &head, int64_t at, int64_t at_keys) {
     head.gradients(call.in(3) + at, call.out(5) + at, call.out(6) + at_keys, call.out(7) + at_keys);
   });
+  round_answers(call, 5, count, call.in(4)[2]);
   return 0;
 }
 
