@@ -108,7 +108,7 @@ def presets() -> dict[str, Preset]:
     every = (*light, "sample", "memory")
     return {
         "smoke": Preset(smoke, 1, 1, every, memory_steps=(2, 4), pictures=1, sampling_steps=2),
-        "tiny": Preset(read_model_config(ROOT / "configs/train_dreambooth_tiny.yaml"), 4, 10, every),
+        "tiny": Preset(read_model_config(ROOT / "configs/train_dreambooth_tiny.yaml"), 4, 50, every),
         "medium": Preset(medium, 1, 4, (*light, "memory")),
         "full": Preset(full, 1, 2, light),
     }
