@@ -18,9 +18,11 @@ browser() { command -v chromium chromium-browser google-chrome google-chrome-sta
 wanted=()
 [ -n "$(browser)" ] || wanted+=(chromium)
 [ -n "$(allocator)" ] || wanted+=(libtcmalloc-minimal4)
-[ ${#wanted[@]} -eq 0 ] ||
-  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${wanted[@]}"; } \
-  >/dev/null || echo "scripts/test.sh: apt-get cannot install ${wanted[*]}: without Chromium some tests will fail" >&2
+[ ${#wanted[@]} -eq 0 ] || apt-get update -qq >/dev/null || true
+for package in "${wanted[@]}"; do
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null ||
+    echo "scripts/test.sh: apt-get cannot install $package: without Chromium some tests will fail" >&2
+done
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 export OMP_NUM_THREADS=1
