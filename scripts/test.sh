@@ -21,7 +21,7 @@ wanted=()
 [ ${#wanted[@]} -eq 0 ] || apt-get update -qq >/dev/null || true
 for package in "${wanted[@]}"; do
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null ||
-    echo "scripts/test.sh: apt-get cannot install $package: without Chromium some tests will fail" >&2
+    echo "scripts/test.sh: apt-get cannot install $package: without a browser tests fail, without tcmalloc they take longer" >&2
 done
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .

@@ -21,7 +21,7 @@ from ldm.operators import operator
 
 __all__ = ["AddPerChannel", "CausalAttention", "QuickGELU"]  # as they are
 
-
+# as operators.cc numbers what a product rounds
 ROUNDING = {ms.float32: 0, ms.bfloat16: 1, ms.float16: 2}
 
 
